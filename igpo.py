@@ -41,10 +41,12 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 import zlib
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -55,11 +57,14 @@ from typing import Literal, NamedTuple
 import tokenizers
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from tokenizers import Regex, Tokenizer
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
+                                                     set_model_state_dict, set_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -899,7 +904,7 @@ def load_sharded(name_or_path, device, *, dtype=torch.float32):
         fully_shard(layer, **options)
     fully_shard(model, **options)
     model.to_empty(device=device)
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config, device=device)  # its buffers are in no file
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)  # its buffers are in no file
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     return model, tokenizer
 
@@ -925,10 +930,75 @@ def save_full(model, tokenizer, folder):
     if rank() == 0:
         unfinished = Path(f"{folder}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
-        save_model(model, tokenizer, unfinished, weights)
+        save_model(model, tokenizer, unfinished, weights and {name: weight.clone() for name, weight in weights.items()})
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     barrier()
+
+
+def checkpoint_state(model, optimizer):
+    """-> (flat dict of all tensors of model and optimizer, and the two state dicts whose tensors they are)."""
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=FLAT)
+    tensors = {f"model.{name}": tensor for name, tensor in model_state.items()}
+    tensors |= {f"optimizer.{name}": x for name, x in optimizer_state.items() if isinstance(x, torch.Tensor)}
+    return tensors, model_state, optimizer_state
+
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def save_checkpoint(out, stage, step, model, optimizer, keep):
+    """Write out/checkpoints/STAGE-STEP, each rank its shards as safetensors (no pickle), and drop all but the last `keep`.
+
+    Everything random is a function of (seed, step, ...), so model, optimizer and step are the whole state of a run. The
+    folder gets its name when it is complete: whatever happens in between, the one before stays the newest."""
+    folder = out / "checkpoints" / f"{stage}-{step:06d}"
+    unfinished = folder.with_suffix(".unfinished")
+    try:
+        if rank() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        barrier()
+        with warnings.catch_warnings(action="ignore"):  # that a single process is a single process
+            dcp.save(checkpoint_state(model, optimizer)[0], no_dist=not dist.is_initialized(),
+                     storage_writer=HuggingFaceStorageWriter(str(unfinished), save_distributed=True))
+        if rank() == 0:
+            size = (out / "metrics.jsonl").stat().st_size
+            (unfinished / "state.json").write_text(json.dumps({"stage": stage, "step": step, "metrics_bytes": size}))
+            shutil.rmtree(folder, ignore_errors=True)
+            unfinished.rename(folder)
+            for old in checkpoints(out)[:-keep]:
+                shutil.rmtree(old)
+        barrier()
+    except (Exception, dcp.CheckpointException) as error:  # a full disk, a read-only folder
+        reason = str(error).strip().splitlines()[-1]
+        raise UsageError(f"cannot write {folder} ({reason}); the checkpoint before it can be resumed from") from error
+
+
+def checkpoints(out):
+    """The complete checkpoints of a run, the oldest first."""
+    folders = [path for path in (out / "checkpoints").glob("*-*") if path.suffix != ".unfinished"]
+    return sorted(folders, key=lambda path: (path.name.startswith("rl"), path.name))
+
+
+def load_checkpoint(folder, model, optimizer):
+    """Fill model and optimizer from a checkpoint, written by any number of processes, and return its step."""
+    tensors, model_state, optimizer_state = checkpoint_state(model, optimizer)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            dcp.load(tensors, no_dist=not dist.is_initialized(), storage_reader=HuggingFaceStorageReader(str(folder)))
+        step = json.loads((folder / "state.json").read_text())["step"]
+    except (Exception, dcp.CheckpointException) as error:
+        raise UsageError(f"{folder} is damaged ({type(error).__name__}); delete it to resume from the one before") from error
+    model_state = {name: tensors[f"model.{name}"] for name in model_state}
+    optimizer_state |= {name: tensors[f"optimizer.{name}"] for name in optimizer_state if f"optimizer.{name}" in tensors}
+    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=FLAT)
+    return step
+
+
+class Stop:
+    """Set by SIGTERM, a scheduler's warning: the loops then save a checkpoint and end."""
+    requested = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -951,7 +1021,7 @@ class Config:
     eval_data: str | None = flag(None, "held-out problems, as train_data; default: the first eval_size problems of train_data")
     out_dir: str | None = flag(None, "run folder; default: runs/PRESET-DATE-TIME")
     seed: int = flag(0, "seed of everything random")
-    resume: bool = flag(False, "continue the run in out_dir")
+    resume: bool = flag(False, "continue the run in out_dir from its newest checkpoint; give the same flags again")
     overwrite: bool = flag(False, "delete the run in out_dir first")
     # sampler
     gen_length: int = flag(256, "completion length L, tokens")
@@ -998,6 +1068,9 @@ class Config:
     eval_size: int = flag(256, "held-out problems, answered greedily before and after")
     eval_every: int = flag(0, "RL steps between evaluations; 0: only before and after")
     show_every: int = flag(25, "RL steps between groups shown as text; 0: never")
+    save_every: int = flag(50, "steps between checkpoints that --resume continues from; 0: never")
+    keep: int = flag(2, "checkpoints kept")
+    wandb: str | None = flag(None, "project to send the lines of metrics.jsonl to (needs pip install wandb)")
 
 
 PRESETS = {"llada": {}, "toy": dict(
@@ -1063,21 +1136,60 @@ def adamw(model, lr, cfg):
 
 
 def update(model, optimizer, losses, count, max_grad_norm):
-    """One optimizer step on the mean of `count` (loss, metrics) pairs -> the mean metrics, with loss and grad_norm.
+    """One optimizer step on the mean of `count` (loss, metrics) pairs -> the mean metrics, with loss, grad_norm, skipped.
 
-    `losses` is a generator: each is backpropagated before the next is made, so memory holds one forward pass at a time."""
+    `losses` is a generator: each is backpropagated before the next is made, so memory holds one forward pass at a time.
+    A loss or gradient that is not finite changes nothing and is reported as skipped = 1."""
     total = {}
     for loss, metrics in losses:
         (loss / count).backward()
         for name, value in (metrics | {"loss": loss.item()}).items():
             total[name] = total.get(name, 0.0) + value / count
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    optimizer.step()
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    finite = math.isfinite(norm + mean_across_ranks({"loss": total["loss"]}, next(model.parameters()).device)["loss"])
+    if finite:
+        optimizer.step()
     optimizer.zero_grad()
-    return total | {"grad_norm": (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()}
+    return total | {"grad_norm": norm, "skipped": float(not finite)}
 
 
-def train_sft(model, tokenizer, rows, cfg, device, log):
+def give_up(skipped):
+    """Ends a run whose last ten updates were all skipped."""
+    if skipped >= 10:
+        raise UsageError("the last 10 updates had a loss or gradient that is not finite; lower the learning rate")
+
+
+def log(out, record):
+    """Append a line to metrics.jsonl, and send it to wandb where --wandb has started a run."""
+    if rank() == 0:
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+        if getattr(sys.modules.get("wandb"), "run", None):
+            sys.modules["wandb"].log(record)
+
+
+def read_log(out):
+    path = out / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def resumed_step(out, stage, model, optimizer):
+    """The step to go on from: that of the newest checkpoint if it is of this stage, which is then loaded, else 0."""
+    newest = checkpoints(out)[-1:]
+    return load_checkpoint(newest[0], model, optimizer) if newest and newest[0].name.startswith(stage) else 0
+
+
+def checkpoint_if_due(out, stage, step, model, optimizer, cfg, due):
+    stop = mean_across_ranks({"stop": float(Stop.requested)}, next(model.parameters()).device)["stop"] > 0
+    if due or stop:
+        save_checkpoint(out, stage, step, model, optimizer, cfg.keep)
+    if stop:
+        print0(f"\nSIGTERM: saved {stage} step {step}; continue with --out_dir {out} --resume")
+        sys.exit(0)
+
+
+def train_sft(model, tokenizer, rows, cfg, device, out):
     """Section 8 as a loop over rows with columns prompt and completion."""
     end, pad = model.config.eos_token_id[0], model.config.pad_token_id
     pairs = [(encode_prompt(tokenizer, row["prompt"]),
@@ -1087,10 +1199,10 @@ def train_sft(model, tokenizer, rows, cfg, device, log):
         raise UsageError(f"{cfg.sft_data}: all {len(pairs)} examples are longer than --max_prompt_length or --sft_length")
     if len(fit) < len(pairs):
         print0(f"SFT: {len(pairs) - len(fit)} of {len(pairs)} examples left out, longer than --max_prompt_length or --sft_length")
-    count, rest = divmod(cfg.sft_batch // world(), cfg.sft_rows_per_forward)
     optimizer = adamw(model, cfg.sft_lr, cfg)
+    start, skipped = resumed_step(out, "sft", model, optimizer), 0
     model.train()
-    bar = tqdm(range(cfg.sft_steps), desc="SFT", disable=rank() > 0, mininterval=1, dynamic_ncols=True)
+    bar = tqdm(range(start, cfg.sft_steps), "SFT", total=cfg.sft_steps, initial=start, disable=rank() > 0, mininterval=1)
     for step in bar:
         began = time.time()
         set_lr(optimizer, cfg.sft_lr * schedule(step, cfg.sft_steps, cfg.warmup_steps, decay=True))
@@ -1104,19 +1216,24 @@ def train_sft(model, tokenizer, rows, cfg, device, log):
                 completions = torch.tensor([c + [pad] * (cfg.sft_length - len(c)) for _, c in part], device=device)
                 yield sft_loss(model, prompts, completions, prompt_mask=prompt_mask, generator=generator)
 
+        count = len(mine) // cfg.sft_rows_per_forward
         metrics = mean_across_ranks(update(model, optimizer, losses(), count, cfg.sft_max_grad_norm), device)
-        log({"stage": "sft", "step": step + 1, **metrics, "lr": optimizer.param_groups[0]["lr"], "seconds": time.time() - began})
+        skipped = skipped + 1 if metrics["skipped"] else 0
+        give_up(skipped)
+        log(out, {"stage": "sft", "step": step + 1, **metrics, "lr": optimizer.param_groups[0]["lr"], "seconds": time.time() - began})
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
+        due = cfg.save_every and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.sft_steps)
+        checkpoint_if_due(out, "sft", step + 1, model, optimizer, cfg, due)
     model.eval()
 
 
-def train_rl(policy, reference, tokenizer, examples, held_out, cfg, device, log):
-    """Sections 5 to 7 as a loop: roll out, then mu updates on the augmented groups. -> the metrics of the last step"""
+def train_rl(policy, reference, tokenizer, examples, held_out, cfg, device, out):
+    """Sections 5 to 7 as a loop: roll out, then mu updates on the augmented groups."""
     config, G, L = policy.config, cfg.group_size, cfg.gen_length
     optimizer = adamw(policy, cfg.lr, cfg)
     sampling = dict(gen_length=L, block_length=cfg.block_length, steps=cfg.diffusion_steps, temperature=cfg.temperature)
-    history = []
-    for step in range(cfg.max_steps):
+    start, skipped = resumed_step(out, "rl", policy, optimizer), 0
+    for step in range(start, cfg.max_steps):
         began = time.time()
         indices = batch_indices(len(examples), cfg.prompts_per_step, step, cfg.seed)[rank():: world()]
         batch = [examples[i] for i in indices]
@@ -1171,7 +1288,9 @@ def train_rl(policy, reference, tokenizer, examples, held_out, cfg, device, log)
             losses = (policy_loss(completion_logps(policy, q, o, prompt_mask=m)[0], old, ref, A, learn,
                                   epsilon=cfg.epsilon, beta=cfg.beta, ratio=cfg.ratio)
                       for q, m, o, old, ref, A, learn in everything)
-            updates.append(update(policy, optimizer, losses, math.ceil(N / cfg.prompts_per_forward), cfg.max_grad_norm))
+            updates.append(update(policy, optimizer, losses, N // cfg.prompts_per_forward, cfg.max_grad_norm))
+            skipped = skipped + 1 if updates[-1]["skipped"] else 0
+            give_up(skipped)
 
         seconds = time.time() - began
         own = counted_tokens(roll.first, config.eos_token_id)
@@ -1192,7 +1311,6 @@ def train_rl(policy, reference, tokenizer, examples, held_out, cfg, device, log)
         }, device)
         metrics["rescued"] = 1 - metrics["all_wrong_after"] / metrics["all_wrong"] if metrics["all_wrong"] else 0.0
         metrics["lr"] = optimizer.param_groups[0]["lr"]
-        history.append(metrics)
         print0("RL {:>{w}}/{}  accuracy {accuracy:.2f} -> {accuracy_after:.2f}  all wrong {all_wrong:.2f} -> {all_wrong_after:.2f}"
                "  kl {kl:.4f}  length {completion_length:.0f}  {seconds:.1f} s".format(
                    step + 1, cfg.max_steps, w=len(str(cfg.max_steps)), **metrics))
@@ -1201,9 +1319,10 @@ def train_rl(policy, reference, tokenizer, examples, held_out, cfg, device, log)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.max_steps:
             metrics["eval_accuracy"] = evaluate(policy, tokenizer, held_out, cfg)
             print0(f"  held-out accuracy {metrics['eval_accuracy']:.3f}")
-        log({"stage": "rl", "step": step + 1, **metrics})
+        log(out, {"stage": "rl", "step": step + 1, **metrics})
+        due = cfg.save_every and (step + 1) % cfg.save_every == 0 and step + 1 < cfg.max_steps
+        checkpoint_if_due(out, "rl", step + 1, policy, optimizer, cfg, due)
     policy.eval()
-    return history
 
 
 def show_group(tokenizer, roll, learning, config, masked="_"):
@@ -1246,46 +1365,70 @@ def check(cfg):
         raise UsageError(f"{cfg.model} needs GPUs (8 x 80 GB for the defaults); on a CPU try: python igpo.py --preset toy")
 
 
-def start_run(cfg):
-    """Create the run folder with config.json in it, and return it. One that holds a run already is not touched unasked."""
+FREE_TO_CHANGE = {"out_dir", "resume", "overwrite", "save_every", "keep", "show_every", "wandb"}  # between save and resume
+
+
+def open_run(cfg):
+    """The run folder, with config.json in it: a new one, or with --resume one that holds a run of the same settings."""
     out = [cfg.out_dir or f"runs/{cfg.preset}-{datetime.datetime.now():%Y%m%d-%H%M%S}"]
     if dist.is_initialized():
         dist.broadcast_object_list(out)  # the clocks of two processes may differ
     out = Path(out[0])
     if rank() == 0:
-        if (out / "config.json").exists() and cfg.overwrite:
-            shutil.rmtree(out)
-        elif (out / "config.json").exists():
-            raise UsageError(f"{out} already holds a run; give another --out_dir, or --overwrite to delete it")
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2))
+        config, saved = dataclasses.asdict(cfg), out / "config.json"
+        if cfg.overwrite:
+            shutil.rmtree(out, ignore_errors=True)
+        if cfg.resume:
+            if not saved.exists():
+                raise UsageError(f"--resume: {out} holds no run")
+            before = json.loads(saved.read_text())
+            changed = [name for name in config if name not in FREE_TO_CHANGE and config[name] != before.get(name)]
+            if changed:
+                raise UsageError(f"--resume: {out} was started with " + ", ".join(f"--{n} {before.get(n)}" for n in changed))
+            newest = checkpoints(out)[-1:]
+            bytes_ = json.loads((newest[0] / "state.json").read_text())["metrics_bytes"] if newest else 0
+            (out / "metrics.jsonl").touch()
+            os.truncate(out / "metrics.jsonl", bytes_)  # the steps after the checkpoint are taken again
+        elif saved.exists():
+            raise UsageError(f"{out} already holds a run: --resume continues it, --overwrite deletes it, or give another --out_dir")
+        else:
+            out.mkdir(parents=True, exist_ok=True)
+            saved.write_text(json.dumps(config, indent=2))
     barrier()
     return out
 
 
-def load_problems(source, cfg, held_out=False):
+def load_problems(source, cfg):
+    """-> (training problems, held-out problems or none). A hub name or file, or the toy world; see eval_data."""
     if source == "toy":
-        return toy_problems(cfg.eval_size, "held out") if held_out else toy_problems(4000, cfg.seed)
-    return metamath_problems(source)
+        return toy_problems(4000, cfg.seed), toy_problems(cfg.eval_size, "held out")
+    problems = metamath_problems(source)
+    if cfg.eval_data is None and len(problems) <= cfg.eval_size:
+        raise UsageError(f"{source} has {len(problems)} problems, not more than --eval_size {cfg.eval_size}")
+    return problems[cfg.eval_size:], problems[: cfg.eval_size]
 
 
 def main(argv=None):
     cfg = parse(argv)
     device = setup()
     check(cfg)
-    out, began = start_run(cfg), time.time()
-    results = {}
+    transformers.utils.logging.disable_progress_bar()
+    signal.signal(signal.SIGTERM, lambda *_: setattr(Stop, "requested", True))
+    out, began = open_run(cfg), time.time()
+    if cfg.wandb and rank() == 0:
+        import wandb  # optional: pip install wandb
+        wandb.init(project=cfg.wandb, config=dataclasses.asdict(cfg), name=out.name)
 
-    def log(record):
-        if rank() == 0:
-            with open(out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
-
-    def score(model, name, held_out):
-        if held_out:
-            results[name] = evaluate(model, tokenizer, held_out, cfg)
-            log({"stage": "eval", "step": 0, name: results[name]})
-            print0(f"{name}: {results[name]:.3f} on {len(held_out)} held-out problems")
+    # Data first: what is wrong with a file should not wait for a model to load.
+    sft_rows, examples, held_out = [], [], []
+    if cfg.stage == "sft" and not cfg.sft_data:
+        raise UsageError("--stage sft needs --sft_data, a data set with columns prompt and completion")
+    if cfg.stage != "rl" and cfg.sft_data:
+        sft_rows = toy_sft_rows(8000, cfg.seed) if cfg.sft_data == "toy" else read_rows(cfg.sft_data, ("prompt", "completion"))
+    if cfg.stage != "sft":
+        examples, held_out = load_problems(cfg.train_data, cfg)
+    if cfg.eval_data:
+        held_out = load_problems(cfg.eval_data, cfg)[1] if cfg.eval_data == "toy" else metamath_problems(cfg.eval_data)[: cfg.eval_size]
 
     folder = cfg.model
     if folder == "toy":
@@ -1295,43 +1438,42 @@ def main(argv=None):
         barrier()
     model, tokenizer = load_sharded(folder, device)
     print0(f"{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, run folder {out}")
-
-    examples = held_out = None
-    if cfg.stage != "sft":
-        problems = load_problems(cfg.train_data, cfg)
-        if cfg.eval_data is None:  # hold the first ones out
-            if len(problems) <= cfg.eval_size:
-                raise UsageError(f"{cfg.train_data} has {len(problems)} problems, not more than --eval_size {cfg.eval_size}")
-            problems, held_out = problems[cfg.eval_size:], problems[: cfg.eval_size]
-        examples, long = encode_problems(tokenizer, problems, cfg.max_prompt_length)
-        hintless = sum(e.trace is None for e in examples)
-        print0(f"RL: {len(examples)} problems, {long} left out for their prompt's length, {hintless} without a usable trace (no hints)")
-    if cfg.eval_data:
-        held_out = load_problems(cfg.eval_data, cfg, held_out=True)[: cfg.eval_size]
+    if examples:
+        examples, too_long = encode_problems(tokenizer, examples, cfg.max_prompt_length)
+        print0(f"RL: {len(examples)} problems; {too_long} left out, longer than --max_prompt_length; "
+               f"{sum(e.trace is None for e in examples)} used without hints, as their traces do not show the answer")
     if held_out:
         held_out, _ = encode_problems(tokenizer, held_out, cfg.max_prompt_length)
-    score(model, "accuracy_start", held_out)
 
-    if cfg.stage != "rl" and (cfg.sft_data or cfg.stage == "sft"):
-        if cfg.sft_data is None:
-            raise UsageError("--stage sft needs --sft_data, a data set with columns prompt and completion")
-        rows = toy_sft_rows(8000, cfg.seed) if cfg.sft_data == "toy" else read_rows(cfg.sft_data, ("prompt", "completion"))
-        train_sft(model, tokenizer, rows, cfg, device, log)
+    def score(name):
+        if held_out and name not in (done := {key for line in read_log(out) for key in line if line["stage"] == "eval"}):
+            accuracy = evaluate(model, tokenizer, held_out, cfg)
+            log(out, {"stage": "eval", "step": 0, name: accuracy})
+            print0(f"{name}: {accuracy:.3f} on {len(held_out)} held-out problems")
+
+    score("accuracy_start")
+    if sft_rows:
+        if not any(path.name.startswith("rl") for path in checkpoints(out)[-1:]):  # else a resumed run is past this
+            train_sft(model, tokenizer, sft_rows, cfg, device, out)
+            save_full(model, tokenizer, out / "sft")
+            score("accuracy_sft")
         folder = out / "sft"
-        save_full(model, tokenizer, folder)
-        score(model, "accuracy_sft", held_out)
-
-    if cfg.stage != "sft":
+    if examples:
+        model, tokenizer = load_sharded(folder, device)
         reference = load_sharded(folder, device)[0].requires_grad_(False) if cfg.beta else None
-        history = train_rl(model, reference, tokenizer, examples, held_out, cfg, device, log)
+        train_rl(model, reference, tokenizer, examples, held_out, cfg, device, out)
         save_full(model, tokenizer, out / "final")
-        score(model, "accuracy_final", held_out)
-        results |= {name: sum(h[name] for h in history) / max(len(history), 1) for name in ("all_wrong", "all_wrong_after")}
-        results["steps"] = len(history)
-    results["seconds"] = time.time() - began
+        score("accuracy_final")
+
     if rank() == 0:
-        (out / "summary.json").write_text(json.dumps(results, indent=2))
-        print0("\n" + "\n".join(f"{name:18} {value:8.3f}" for name, value in results.items()))
+        lines = read_log(out)
+        summary = {key: value for line in lines if line["stage"] == "eval" for key, value in line.items() if key not in ("stage", "step")}
+        rl = [line for line in lines if line["stage"] == "rl"]
+        if rl:
+            summary |= {name: sum(line[name] for line in rl) / len(rl) for name in ("all_wrong", "all_wrong_after")}
+        summary |= {"steps": len(rl), "seconds": time.time() - began, "grade_timeouts": GRADE_TIMEOUTS}
+        (out / "summary.json").write_text(json.dumps(summary, indent=2))
+        print0("\n" + "\n".join(f"{name:18} {value:8.3f}" for name, value in summary.items()))
 
 
 class Parser(transformers.HfArgumentParser):

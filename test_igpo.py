@@ -1205,8 +1205,8 @@ def test_sft_teaches_and_igpo_improves(tmp_path):
     rows = [{"prompt": f"{a}=", "completion": f"{a}{a}"} for a in range(7)]
     cfg = igpo.parse(["--preset", "toy", "--sft_steps", "60", "--sft_batch", "14", "--sft_rows_per_forward", "14", "--sft_length", "4",
                       "--sft_lr", "5e-3", "--warmup_steps", "5"])
-    losses = []
-    igpo.train_sft(model, tokenizer, rows, cfg, torch.device("cpu"), lambda record: losses.append(record["loss"]))
+    igpo.train_sft(model, tokenizer, rows, cfg, torch.device("cpu"), tmp_path)
+    losses = [line["loss"] for line in igpo.read_log(tmp_path)]
     assert sum(losses[-10:]) < 0.3 * sum(losses[:10])
     examples, _ = igpo.encode_problems(tokenizer, [igpo.Problem(r["prompt"], "", None) for r in rows], 99)
     texts = [t for _, _, t, _ in igpo.answer_examples(model, tokenizer, examples, batch_size=7, gen_length=4, block_length=4, steps=4)]
@@ -1259,3 +1259,165 @@ def test_flags_override_the_preset():
     assert igpo.parse([]).lr == 5e-7 and igpo.parse([]).group_size == 8
     toy = igpo.parse(["--preset", "toy", "--lr", "0.5", "--tau", "1"])
     assert toy.lr == 0.5 and toy.tau == 1 and toy.model == "toy"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 10. Processes and checkpoints
+
+
+def torchrun(*command, processes=2, **options):
+    """Run igpo.py, or a script given as the first word, on two CPU processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port",
+               str(random.randrange(20000, 60000)), *command]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=240, **options)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def metrics_of(folder, stage="rl"):
+    """The metric lines of a run, less what depends on the clock."""
+    timed = ("seconds", "tokens_per_second", "flops")
+    return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in igpo.read_log(folder) if line["stage"] == stage]
+
+
+def same_numbers(a, b, rel):
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        assert x.keys() == y.keys()
+        for k in x:
+            assert x[k] == (y[k] if isinstance(y[k], str) else pytest.approx(y[k], rel=rel, abs=1e-7)), k
+
+
+def same_weights(a, b):
+    a, b = (load_file(Path(f) / "final" / "model.safetensors") for f in (a, b))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage, step", [("sft", 3), ("rl", 2)])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, stage, step):
+    flags = [*SHORT, "--save_every", "2", "--max_steps", "4"]
+    igpo.main([*flags, "--out_dir", str(tmp_path / "whole")])
+    log = igpo.log
+    def breaks(out, record):
+        log(out, record)
+        if (record["stage"], record["step"]) == (stage, step + 1):
+            raise Interrupted
+    monkeypatch.setattr(igpo, "log", breaks)
+    with pytest.raises(Interrupted):
+        igpo.main([*flags, "--out_dir", str(tmp_path / "broken")])
+    monkeypatch.setattr(igpo, "log", log)
+    igpo.main([*flags, "--out_dir", str(tmp_path / "broken"), "--resume"])
+    for name in ("sft", "rl", "eval"):
+        assert metrics_of(tmp_path / "whole", name) == metrics_of(tmp_path / "broken", name)
+    same_weights(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_resume_refuses_what_does_not_fit(tmp_path):
+    run = ["--out_dir", str(tmp_path / "run")]
+    with pytest.raises(igpo.UsageError, match="holds no run"):
+        igpo.main([*SHORT, *run, "--resume"])
+    igpo.main([*SHORT, *run, "--save_every", "2"])
+    with pytest.raises(igpo.UsageError, match="was started with --mu 4, --lr 0.0001"):
+        igpo.main([*SHORT, *run, "--resume", "--lr", "1", "--mu", "1"])
+    newest = igpo.checkpoints(tmp_path / "run")[-1]
+    shard = next(newest.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:1000])  # as a full disk leaves it
+    with pytest.raises(igpo.UsageError, match="is damaged.*delete it to resume from the one before"):
+        igpo.main([*SHORT, *run, "--save_every", "2", "--resume"])
+    assert len(igpo.checkpoints(tmp_path / "run")) == 2
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path):
+    model, _ = igpo.toy_model(0)
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(igpo.UsageError, match="cannot write .*rl-000001"):
+        igpo.save_checkpoint(tmp_path, "rl", 1, model, torch.optim.AdamW(model.parameters()), 2)
+
+
+KILLED_WHILE_SAVING = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch, igpo
+out = Path(sys.argv[1])
+(out / "metrics.jsonl").touch()
+model, _ = igpo.toy_model(0)
+optimizer = torch.optim.AdamW(model.parameters())
+step = 0
+for kill in range(12):
+    if (child := os.fork()) == 0:
+        while True:
+            step += 1
+            model.lm_head.weight.data.fill_(step)
+            igpo.save_checkpoint(out, "rl", step, model, optimizer, keep=2)
+            (out / "said").write_text(str(step))
+    time.sleep(random.uniform(0.2, 0.5))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    newest = igpo.checkpoints(out)[-1]
+    step = igpo.load_checkpoint(newest, model, optimizer)
+    assert step >= int((out / "said").read_text() or 0) > 0 and (model.lm_head.weight == step).all(), (newest, step)
+print("survived", step)
+"""
+
+
+def test_a_kill_in_mid_save_leaves_the_checkpoint_before(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path)], cwd=HERE, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert "survived" in done.stdout, done.stderr[-3000:]
+
+
+def test_sigterm_saves_and_says_so(tmp_path):
+    run = subprocess.Popen([sys.executable, "igpo.py", *SHORT, "--max_steps", "10000", "--out_dir", str(tmp_path / "run")], cwd=HERE,
+                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for line in run.stdout:
+        if line.startswith("RL  "):
+            run.terminate()
+            break
+    rest = run.communicate(timeout=60)[0]
+    assert run.returncode == 0 and "SIGTERM: saved rl step" in rest and "--resume" in rest
+    assert igpo.checkpoints(tmp_path / "run")[-1].name.startswith("rl-")
+
+
+def test_two_processes_take_the_same_steps_as_one(tmp_path):
+    model, tokenizer = igpo.toy_model(0)
+    igpo.save_model(model, tokenizer, tmp_path / "m")
+    flags = [*SHORT, "--stage", "rl", "--model", str(tmp_path / "m"), "--prompts_per_forward", "1", "--save_every", "1", "--lr", "1e-3"]
+    torchrun("igpo.py", *flags, "--out_dir", str(tmp_path / "two"))
+    igpo.main([*flags, "--out_dir", str(tmp_path / "one")])
+    same_numbers(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), rel=1e-5)
+    # and a run of two processes goes on with one
+    assert [c.name for c in igpo.checkpoints(tmp_path / "two")] == ["rl-000001"]
+    igpo.main([*flags, "--out_dir", str(tmp_path / "two"), "--resume"])
+    same_numbers(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), rel=1e-5)
+
+
+LOPSIDED = """
+import sys, igpo
+igpo.grade = lambda completion, reference: igpo.rank() == 1  # rank 0 is always wrong and draws twice, rank 1 once
+igpo.main(sys.argv[1:])
+"""
+
+
+def test_a_rank_with_more_stuck_groups_does_not_hang_the_others(tmp_path):
+    (tmp_path / "lopsided.py").write_text(LOPSIDED)
+    torchrun(str(tmp_path / "lopsided.py"), *SHORT, "--out_dir", str(tmp_path / "run"))
+    lines = metrics_of(tmp_path / "run")
+    assert [line["all_wrong"] for line in lines] == [0.5, 0.5] and len(metrics_of(tmp_path / "run", "sft")) == 6
+
+
+def test_updates_that_are_not_finite_are_skipped_and_end_the_run():
+    model = tiny_model()
+    before = [p.clone() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    bad = igpo.completion_logps(model, random_prompts(1, 3), random_prompts(1, 4)[:, None])[0].mean() * math.nan
+    metrics = igpo.update(model, optimizer, iter([(bad, {})]), 1, 1.0)
+    assert metrics["skipped"] == 1 and all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    igpo.give_up(9)
+    with pytest.raises(igpo.UsageError, match="not finite"):
+        igpo.give_up(10)
