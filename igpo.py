@@ -69,8 +69,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, Qwen3ForCausalLM
 
 
 class UsageError(ValueError):
@@ -166,14 +166,18 @@ def load_model(name_or_path, *, dtype=None, device="cpu"):
     if config.pad_token_id is None:
         config.pad_token_id = config.eos_token_id[-1]
 
-    model_class = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}.get(config.model_type, AutoModelForCausalLM)
-    model, report = model_class.from_pretrained(
-        folder, config=config, key_mapping=rules or None, dtype=dtype or torch.float32, attn_implementation="sdpa",
-        use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)
-    for problem in ("missing", "unexpected", "mismatched"):
-        if names := sorted(str(name) for name in report[f"{problem}_keys"]):
-            raise UsageError(f"{folder}: {len(names)} {problem} weights, the first is {names[0]}; "
-                             "the files and config.json do not belong together")
+    model_class = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}[config.model_type]
+    if torch.device(device).type == "meta":  # the shapes alone, for a process that is dealt its weights by another
+        with torch.device("meta"):
+            model = model_class(config)
+    else:
+        model, report = model_class.from_pretrained(
+            folder, config=config, key_mapping=rules or None, dtype=dtype or torch.float32, attn_implementation="sdpa",
+            use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)
+        for problem in ("missing", "unexpected", "mismatched"):
+            if names := sorted(str(name) for name in report[f"{problem}_keys"]):
+                raise UsageError(f"{folder}: {len(names)} {problem} weights, the first is {names[0]}; "
+                                 "the files and config.json do not belong together")
     model.get_input_embeddings().padding_idx = None  # padding is the end token, which is trained like any other
     model.source_folder, model.source_config = folder, raw
     return model.to(device).eval(), tokenizer
@@ -184,7 +188,7 @@ def save_model(model, tokenizer, folder, state_dict=None):
     parameter names and config.json. state_dict: full CPU weights, where the model itself holds only shards."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = dict(model.state_dict() if state_dict is None else state_dict)
+    weights = merged_weights(model) if state_dict is None else dict(state_dict)
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     raw = getattr(model, "source_config", None)
@@ -199,6 +203,36 @@ def save_model(model, tokenizer, folder, state_dict=None):
     else:
         model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def add_lora(model, rank):
+    """Freeze the model and add trainable float32 adapters of this rank to all its linear layers but the head, in place."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise UsageError("--lora_rank needs peft: pip install peft") from error
+    model.requires_grad_(False)
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+
+
+def merged_weights(model):
+    """The weights of a model, with LoRA adapters merged in where it has any, under the names it has without them."""
+    weights = {name.replace(".base_layer", ""): w for name, w in model.state_dict().items() if ".lora_" not in name}
+    for name, module in model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            weights[f"{name}.weight"] = (weights[f"{name}.weight"] + module.get_delta_weight("default")).to(model.dtype)
+    return weights
+
+
+@contextlib.contextmanager
+def adapters_off(model):
+    """Without its adapters a LoRA policy is the initial policy, so the KL needs no second model."""
+    model.disable_adapters()
+    yield model
+    model.enable_adapters()
 
 
 def logits_at(model, canvas, attention, positions):
@@ -899,13 +933,26 @@ def load_sharded(name_or_path, device, *, dtype=torch.float32):
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     options = dict(mesh=init_device_mesh(device.type, (world(),)),
                    mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32))
-    model.to("meta")
+    model.to("meta").tie_weights()
     for layer in model.model.layers:
         fully_shard(layer, **options)
     fully_shard(model, **options)
     model.to_empty(device=device)
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)  # its buffers are in no file
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    return model, tokenizer
+
+
+def load_policy(name_or_path, device, *, lora_rank=0, gradient_checkpointing=False):
+    """The model that is trained: sharded, or with LoRA whole on every process, a frozen base and trainable adapters."""
+    if lora_rank:
+        model, tokenizer = load_model(name_or_path, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+        add_lora(model, lora_rank)
+    else:
+        model, tokenizer = load_sharded(name_or_path, device)
+    if gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # its old name
+        enable({"use_reentrant": False})
     return model, tokenizer
 
 
@@ -926,11 +973,13 @@ def gathered(model):
 def save_full(model, tokenizer, folder):
     """save_model by rank 0, of weights gathered from all ranks. The folder appears only when it is complete."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options) if dist.is_initialized() else None
+    weights = get_model_state_dict(model, options=options) if isinstance(model, FSDPModule) else None
     if rank() == 0:
         unfinished = Path(f"{folder}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         save_model(model, tokenizer, unfinished, weights and {name: weight.clone() for name, weight in weights.items()})
+        if getattr(model, "peft_config", None):
+            model.save_pretrained(unfinished / "adapter")  # the adapter alone
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     barrier()
@@ -996,9 +1045,7 @@ def load_checkpoint(folder, model, optimizer):
     return step
 
 
-class Stop:
-    """Set by SIGTERM, a scheduler's warning: the loops then save a checkpoint and end."""
-    requested = False
+SIGTERM_RECEIVED = threading.Event()  # a scheduler's warning: the loops then save a checkpoint and end
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1038,6 +1085,7 @@ class Config:
     min_chunk: int = flag(5, "shortest chunk, tokens")
     max_chunk: int = flag(10, "longest chunk, tokens")
     lam: float = flag(0.5, "lambda, the share of a group that may be replaced")
+    trace_noise: float = flag(0.0, "ablation: share of trace tokens replaced by other traces' tokens")
     reward_correct: float = flag(3.0, "reward of a correct answer")
     reward_format: float = flag(0.75, "reward of the full format")
     # RL objective
@@ -1056,6 +1104,7 @@ class Config:
     lr_decay: bool = flag(False, "after the warm-up, linear to zero at max_steps")
     warmup_steps: int = flag(50, "updates of linear learning-rate warm-up")
     prompts_per_forward: int = flag(1, "prompts in one forward and backward pass of an update")
+    lora_rank: int = flag(0, "train LoRA adapters of this rank instead of all weights (needs pip install peft); 0: all weights")
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass")
     # SFT
     sft_steps: int = flag(2000, "SFT updates")
@@ -1097,6 +1146,15 @@ def encode_problems(tokenizer, problems, max_prompt_length):
     return fit, len(examples) - len(fit)
 
 
+def add_trace_noise(examples, share, generator):
+    """Replace a share of all trace tokens by tokens drawn from all traces, for the ablation on noisy traces."""
+    pool = torch.cat([e.trace for e in examples if e.trace is not None])
+    def noisy(trace):
+        other = pool[torch.randint(len(pool), trace.shape, generator=generator)]
+        return torch.where(torch.rand(trace.shape, generator=generator) < share, other, trace)
+    return [e if e.trace is None else e._replace(trace=noisy(e.trace)) for e in examples]
+
+
 def answer_examples(model, tokenizer, examples, *, batch_size, samples=1, seed=0, **sampling):
     """Sample completions for examples, in order: yields (example index, sample index, text, number of tokens)."""
     device, end_ids = next(model.parameters()).device, model.config.eos_token_id
@@ -1132,7 +1190,8 @@ def set_lr(optimizer, lr):
 
 
 def adamw(model, lr, cfg):
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.weight_decay)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=lr, betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.weight_decay)
 
 
 def update(model, optimizer, losses, count, max_grad_norm):
@@ -1145,6 +1204,10 @@ def update(model, optimizer, losses, count, max_grad_norm):
         (loss / count).backward()
         for name, value in (metrics | {"loss": loss.item()}).items():
             total[name] = total.get(name, 0.0) + value / count
+    if world() > 1 and not isinstance(model, FSDPModule):  # FSDP has done this already
+        for parameter in (p for p in model.parameters() if p.grad is not None):
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     finite = math.isfinite(norm + mean_across_ranks({"loss": total["loss"]}, next(model.parameters()).device)["loss"])
@@ -1181,7 +1244,7 @@ def resumed_step(out, stage, model, optimizer):
 
 
 def checkpoint_if_due(out, stage, step, model, optimizer, cfg, due):
-    stop = mean_across_ranks({"stop": float(Stop.requested)}, next(model.parameters()).device)["stop"] > 0
+    stop = mean_across_ranks({"stop": float(SIGTERM_RECEIVED.is_set())}, next(model.parameters()).device)["stop"] > 0
     if due or stop:
         save_checkpoint(out, stage, step, model, optimizer, cfg.keep)
     if stop:
@@ -1275,7 +1338,8 @@ def train_rl(policy, reference, tokenizer, examples, held_out, cfg, device, out)
             old_logps, entropy = map(torch.cat, zip(*(completion_logps(policy, q, o, prompt_mask=m) for q, o, m in parts)))
             ref_logps = old_logps
             if cfg.beta:
-                ref_logps = torch.cat([completion_logps(reference, q, o, prompt_mask=m)[0] for q, o, m in parts])
+                with adapters_off(policy) if cfg.lora_rank else contextlib.nullcontext(reference) as initial:
+                    ref_logps = torch.cat([completion_logps(initial, q, o, prompt_mask=m)[0] for q, o, m in parts])
         counted = counted_tokens(roll.completions, config.eos_token_id)
         hinted = roll.hinted & counted
         learning = counted & entropy_filter(entropy, hinted, cfg.tau)  # (N, G, L)
@@ -1413,7 +1477,7 @@ def main(argv=None):
     device = setup()
     check(cfg)
     transformers.utils.logging.disable_progress_bar()
-    signal.signal(signal.SIGTERM, lambda *_: setattr(Stop, "requested", True))
+    signal.signal(signal.SIGTERM, lambda *_: SIGTERM_RECEIVED.set())
     out, began = open_run(cfg), time.time()
     if cfg.wandb and rank() == 0:
         import wandb  # optional: pip install wandb
@@ -1436,12 +1500,15 @@ def main(argv=None):
         if rank() == 0:
             save_model(*toy_model(cfg.seed), folder)
         barrier()
-    model, tokenizer = load_sharded(folder, device)
+    trainable = dict(lora_rank=cfg.lora_rank, gradient_checkpointing=cfg.gradient_checkpointing)
+    model, tokenizer = load_policy(folder, device, **trainable)
     print0(f"{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, run folder {out}")
     if examples:
         examples, too_long = encode_problems(tokenizer, examples, cfg.max_prompt_length)
         print0(f"RL: {len(examples)} problems; {too_long} left out, longer than --max_prompt_length; "
                f"{sum(e.trace is None for e in examples)} used without hints, as their traces do not show the answer")
+        if cfg.trace_noise:
+            examples = add_trace_noise(examples, cfg.trace_noise, seeded(cfg.seed, "noise"))
     if held_out:
         held_out, _ = encode_problems(tokenizer, held_out, cfg.max_prompt_length)
 
@@ -1459,8 +1526,11 @@ def main(argv=None):
             score("accuracy_sft")
         folder = out / "sft"
     if examples:
-        model, tokenizer = load_sharded(folder, device)
-        reference = load_sharded(folder, device)[0].requires_grad_(False) if cfg.beta else None
+        if sft_rows:
+            model, tokenizer = load_policy(folder, device, **trainable)
+        reference = None
+        if cfg.beta and not cfg.lora_rank:
+            reference = load_sharded(folder, device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)[0]
         train_rl(model, reference, tokenizer, examples, held_out, cfg, device, out)
         save_full(model, tokenizer, out / "final")
         score("accuracy_final")

@@ -1421,3 +1421,26 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run():
     igpo.give_up(9)
     with pytest.raises(igpo.UsageError, match="not finite"):
         igpo.give_up(10)
+
+
+def test_lora(tmp_path):
+    """Frozen base, adapters that learn, the reference with adapters off, merged weights that load without peft."""
+    pytest.importorskip("peft")
+    igpo.main([*SHORT, "--lora_rank", "4", "--lr", "1e-2", "--save_every", "1", "--gradient_checkpointing", "--out_dir", str(tmp_path / "run")])
+    start, sft = (igpo.load_model(tmp_path / "run" / name)[0] for name in ("start", "sft"))
+    assert torch.equal(start.lm_head.weight, sft.lm_head.weight) and torch.equal(start.model.norm.weight, sft.model.norm.weight)
+    assert not torch.equal(start.model.layers[0].mlp.up_proj.weight, sft.model.layers[0].mlp.up_proj.weight)
+    assert (tmp_path / "run" / "final" / "adapter" / "adapter_model.safetensors").exists()
+
+    model, tokenizer = igpo.load_policy(tmp_path / "run" / "sft", torch.device("cpu"), lora_rank=4)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name)
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    ids = random_prompts(2, 9) % 18
+    with_adapters = model(ids).logits
+    with igpo.adapters_off(model) as initial:
+        assert torch.allclose(initial(ids).logits, sft(ids).logits, atol=1e-5)
+    igpo.save_model(model, tokenizer, tmp_path / "merged")
+    assert torch.allclose(igpo.load_model(tmp_path / "merged")[0](ids).logits, with_adapters, atol=1e-4)
+    assert not torch.allclose(with_adapters, sft(ids).logits, atol=1e-2)
