@@ -716,10 +716,12 @@ def sft_loss(model, prompts, completions, *, prompt_mask=None, generator=None):
     """Eq. 1: E_t [ 1/t * sum over masked k of -log f(x0_k | x_t) ], t ~ U(0, 1), here divided by L, a mean over tokens.
 
     prompts (B, P) are never masked; completions (B, L) are padded with the end token, which is trained like any other
-    token: it is how the model learns where to stop. -> (loss, metrics)"""
+    token: it is how the model learns where to stop. The t of the rows are spread evenly over (0, 1), each still uniform,
+    because 1/t makes the loss of independent ones noisy. -> (loss, metrics)"""
     (B, P), L = prompts.shape, completions.shape[1]
     device = "cpu" if generator is None else generator.device
-    t = torch.rand(B, 1, generator=generator, device=device).clamp(min=1e-3).to(prompts.device)
+    t = (torch.rand(1, generator=generator, device=device) + torch.arange(B, device=device) / B) % 1
+    t = t.clamp(min=1e-3)[:, None].to(prompts.device)  # (B, 1)
     masked = torch.rand(B, L, generator=generator, device=device).to(prompts.device) < t
     canvas = torch.cat([prompts, completions.masked_fill(masked, model.config.mask_token_id)], dim=1)
     logits = logits_at(model, canvas, attention_mask(prompt_mask, L), torch.arange(P, P + L, device=prompts.device))
