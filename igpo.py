@@ -64,6 +64,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
@@ -682,12 +683,37 @@ def completion_logps(model, prompts, completions, *, prompt_mask=None):
     no part of the objective. Loss and gradient are those of N * G separate rows at 1/G of the work."""
     (N, P), L = prompts.shape, completions.shape[-1]
     canvas = F.pad(prompts, (0, L), value=model.config.mask_token_id)
-    positions = torch.arange(P, P + L, device=prompts.device)
-    table = logits_at(model, canvas, attention_mask(prompt_mask, L), positions).float().log_softmax(-1)  # (N, L, V)
-    logps = table.gather(2, completions.transpose(1, 2)).transpose(1, 2)  # no (N, G, L, V) copy
-    with torch.no_grad():
-        entropy = -(table.exp() * table).sum(-1)
-    return logps, entropy
+    where = F.pad(torch.ones_like(completions[:, 0], dtype=torch.bool), (P, 0))  # (N, P + L), the completion
+    logps, entropy = token_logps(model, canvas, attention_mask(prompt_mask, L), where, completions.transpose(1, 2).flatten(0, 1))
+    return logps.view(N, L, -1).transpose(1, 2), entropy.view(N, L)
+
+
+def token_logps(model, canvas, attention, where, tokens, chunk=2**26):
+    """Log-probabilities of `tokens` (M, G) at the M True places of `where` (B, T), and the entropy at each, (M,).
+
+    Head and softmax run over so many places at a time that a table of logits has at most `chunk` numbers, and run again
+    in the backward pass: for LLaDA-8B the tables of a single prompt would else be a gigabyte. They run in the place of
+    the head, inside the model's own forward, because that is where FSDP has its parameters gathered."""
+    head, where = model.lm_head.forward, where.roll(-getattr(model.config, "logit_shift", 0), 1)
+
+    def part(hidden, tokens):
+        table = head(hidden).float().log_softmax(-1)  # (chunk / V, V)
+        with torch.no_grad():
+            entropy = -(table.exp() * table).sum(-1)
+        return table.gather(1, tokens), entropy  # no (M, G, V) copy
+
+    def in_chunks(hidden):
+        size = max(chunk // model.config.vocab_size, 1)
+        pairs = list(zip(hidden[where].split(size), tokens.split(size)))
+        if len(pairs) == 1:
+            return part(*pairs[0])
+        return tuple(map(torch.cat, zip(*(checkpoint(part, h, t, use_reentrant=False) for h, t in pairs))))
+
+    model.lm_head.forward = in_chunks
+    try:
+        return model(input_ids=canvas, attention_mask=attention, use_cache=False).logits
+    finally:
+        del model.lm_head.forward  # the class's own shows again
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -757,8 +783,8 @@ def sft_loss(model, prompts, completions, *, prompt_mask=None, generator=None):
     t = torch.rand(B, 1, generator=generator, device=device).clamp(min=1e-3).to(prompts.device)
     masked = torch.rand(B, L, generator=generator, device=device).to(prompts.device) < t
     canvas = torch.cat([prompts, completions.masked_fill(masked, model.config.mask_token_id)], dim=1)
-    logits = logits_at(model, canvas, attention_mask(prompt_mask, L), torch.arange(P, P + L, device=prompts.device))
-    nll = F.cross_entropy(logits[masked].float(), completions[masked], reduction="none")
+    logps, _ = token_logps(model, canvas, attention_mask(prompt_mask, L), F.pad(masked, (P, 0)), completions[masked][:, None])
+    nll = -logps.squeeze(1)
     loss = (nll / t.expand(B, L)[masked]).sum() / (B * L)
     return loss, {"nll": nll.sum().item() / max(len(nll), 1), "masked": masked.float().mean().item()}
 
