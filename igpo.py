@@ -33,6 +33,7 @@ Symbols:  q prompt   o_i response i   r_i its reward   A_i its advantage   y* re
 import contextlib
 import dataclasses
 import datetime
+import functools
 import inspect
 import itertools
 import json
@@ -68,9 +69,11 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, Qwen3ForCausalLM
+from transformers.cache_utils import Cache, DynamicLayer
 
 
 class UsageError(ValueError):
@@ -235,12 +238,12 @@ def adapters_off(model):
     model.enable_adapters()
 
 
-def logits_at(model, canvas, attention, positions):
+def logits_at(model, canvas, attention, positions, **cached):
     """Logits that predict the tokens at `positions` of each row: (B, T) ids, (B, T) mask or None, (K,) -> (B, K, V).
 
     The head runs at these positions alone, which for V = 126,464 is where most of the time would go."""
     return model(input_ids=canvas, attention_mask=attention, use_cache=False,
-                 logits_to_keep=positions - getattr(model.config, "logit_shift", 0)).logits
+                 logits_to_keep=positions - getattr(model.config, "logit_shift", 0), **cached).logits
 
 
 def attention_mask(prompt_mask, gen_length):
@@ -268,7 +271,7 @@ def counted_tokens(completions, end_ids):
 
 @torch.no_grad()
 def sample(model, prompts, *, gen_length, block_length, steps, temperature=0.0, hints=None, prompt_mask=None,
-           generator=None, stop_early=False):
+           generator=None, stop_early=False, cache=None, threshold=None):
     """Fill in the masks of [prompt ; completion] and return the completions, (B, L) token ids without a mask id.
 
     prompts (B, P) ids, left-padded where prompt_mask (B, P) is 0. hints (B, L): a token id where fixed, the mask id
@@ -277,6 +280,11 @@ def sample(model, prompts, *, gen_length, block_length, steps, temperature=0.0, 
     whatever other rows share the batch. stop_early: rows with an end token in a finished block stop, the rest of them
     filled with padding; text before the end token is not changed by it.
 
+    Two approximations, off by default, trade likeness to the exact sampler for speed; they work together.
+    cache="block": what lies outside the current block is computed in the block's first step only (see BlockLayer).
+    threshold: a probability. In place of the schedule of `steps`, which is then not used, each step fills in one
+    position a row, the most confident, and every other one more confident than that; a finished block ends at once.
+
     At temperature 0 this gives token for token what LLaDA's published sampler gives. Above 0 it draws from the same
     distribution with one uniform number a position, where Gumbel noise takes one for every word of the vocabulary."""
     blocks = gen_length // block_length
@@ -284,7 +292,11 @@ def sample(model, prompts, *, gen_length, block_length, steps, temperature=0.0, 
         raise UsageError(f"gen_length {gen_length} is not divisible by block_length {block_length}")
     if steps % blocks or steps < blocks:
         raise UsageError(f"steps {steps} is not divisible by the number of blocks {blocks} (= {gen_length} / {block_length})")
+    if cache not in (None, "block"):
+        raise UsageError(f"cache is None or 'block', not {cache!r}")
     (B, P), K, S, mask_id = prompts.shape, block_length, steps // blocks, model.config.mask_token_id
+    if threshold is not None:
+        S = K  # the schedule of one token a step; what is above the threshold comes on top
     text = prompts.new_full((B, gen_length), mask_id) if hints is None else hints.to(prompts)
     canvas = torch.cat([prompts, text], dim=1)
     attention = attention_mask(prompt_mask, gen_length)
@@ -293,20 +305,22 @@ def sample(model, prompts, *, gen_length, block_length, steps, temperature=0.0, 
 
     for block in range(blocks):
         positions = torch.arange(P + block * K, P + (block + 1) * K, device=prompts.device)
-        x = canvas[rows]  # (R, P + L)
+        x, seen = canvas[rows], None if attention is None else attention[rows]  # (R, P + L)
         quota = transfer_quota((x[:, positions] == mask_id).sum(1), S)  # (R, S)
+        forward = cached_logits(model, positions) if cache else functools.partial(logits_at, model, positions=positions)
         for step in range(S):
-            most = int(quota[:, step].max())  # the largest number of tokens that any row fills in now
-            if most == 0:  # hints left fewer masks than steps
+            tokens = x[:, positions]  # (R, K)
+            masked = (tokens == mask_id).nonzero(as_tuple=True)  # the one time in a step that a GPU is waited for
+            if len(masked[0]) == 0:  # hints or the threshold left fewer masks than steps
                 break
-            masked = x[:, positions] == mask_id  # (R, K)
-            logits = logits_at(model, x, None if attention is None else attention[rows], positions)
-            tokens, confidence = x[:, positions], torch.full(masked.shape, -math.inf, device=x.device)
-            tokens[masked], confidence[masked] = choose_tokens(
-                logits[masked], mask_id, temperature, None if noise is None else noise[rows, block, step][masked])
+            u = None if noise is None else noise[rows[masked[0]], block, step, masked[1]]
+            confidence = torch.full(tokens.shape, -math.inf, device=x.device)
+            tokens[masked], confidence[masked] = choose_tokens(forward(x, seen)[masked], mask_id, temperature, u)
             # The `quota` most confident positions of each row are filled in; they and the hints never change again.
-            best = confidence.topk(most).indices  # (R, most)
-            chosen = torch.zeros_like(masked).scatter_(1, best, torch.arange(most, device=x.device) < quota[:, step, None])
+            order = confidence.argsort(dim=1, descending=True)
+            chosen = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order, torch.arange(K, device=x.device) < quota[:, step, None])
+            if threshold is not None:
+                chosen |= confidence.exp() > threshold
             x[:, positions] = torch.where(chosen, tokens, x[:, positions])
         canvas[rows] = x
         if stop_early:
@@ -321,15 +335,76 @@ def sample(model, prompts, *, gen_length, block_length, steps, temperature=0.0, 
 def choose_tokens(logits, mask_id, temperature, u):
     """(M, V) logits and (M,) uniform numbers -> (M,) tokens and (M,) confidence, their log-probabilities.
 
-    The mask id is never chosen, yet confidence is measured under the model's full softmax, as in LLaDA."""
+    The mask id is never chosen, yet confidence is measured under the model's full softmax, as in LLaDA. One table of
+    exponentials serves both the softmax and the draw."""
     logits = logits.float()
-    allowed = logits.index_fill(-1, torch.tensor(mask_id, device=logits.device), -math.inf)
+    top = logits.amax(-1, keepdim=True)
+    weights = logits.sub(top).exp_()  # (M, V), not normalised
+    log_total = weights.sum(-1).log() + top.squeeze(-1)
     if temperature > 0:
-        cdf = (allowed / temperature).softmax(-1).cumsum(-1)  # invert the distribution function at u
-        tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)
+        if temperature != 1:
+            torch.sub(logits, top, out=weights).div_(temperature).exp_()
+        weights[:, mask_id] = 0
+        tokens = invert_cdf(weights, u)
     else:
-        tokens = allowed.argmax(-1)
-    return tokens, logits.gather(-1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1)
+        tokens = logits.index_fill(-1, torch.tensor(mask_id, device=logits.device), -math.inf).argmax(-1)
+    return tokens, logits.gather(-1, tokens[:, None]).squeeze(1) - log_total
+
+
+def invert_cdf(weights, u, width=128):
+    """(M, V) weights and (M,) uniform numbers in [0, 1) -> (M,) indices, i with probability weights[i] / sum(weights).
+
+    First the run of `width` words in which u falls, then the word in it: cumulative sums of all V words would take
+    longer than the rest of a step's sampling, and lose digits where V is large."""
+    def place(w, u):  # the word (or run) whose share of the total holds u, and how far into that share u lies
+        cdf = w.cumsum(-1)
+        target = u[:, None] * cdf[:, -1:]
+        i = torch.searchsorted(cdf, target, right=True)
+        into = (target - cdf.gather(1, i)) / w.gather(1, i) + 1
+        return i.squeeze(1), into.squeeze(1).clamp(0, 1 - 1e-6)
+
+    if weights.shape[1] % width:
+        weights = F.pad(weights, (0, -weights.shape[1] % width))
+    runs = weights.unflatten(1, (-1, width))  # (M, V / width, width)
+    run, u = place(runs.sum(-1), u)
+    word, _ = place(runs[torch.arange(len(run), device=run.device), run], u)
+    return run * width + word
+
+
+class BlockLayer(DynamicLayer):
+    """One layer's keys and values of the whole canvas, of which each further forward pass overwrites those of one block.
+
+    Text outside the block does not change while the block is filled in, and the keys and values it would get from the
+    block's new tokens change little (the dual cache of Fast-dLLM): so the passes run over the block alone."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block  # a slice of the canvas
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:  # the block's first step: all of the canvas
+            self.keys, self.values, self.is_initialized = keys, values, True
+        else:
+            self.keys[:, :, self.block], self.values[:, :, self.block] = keys, values
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length):  # the block looks at all of the canvas
+        return (self.keys.shape[2] if self.is_initialized else query_length), 0
+
+
+def cached_logits(model, positions):
+    """A stand-in for logits_at during one block, at consecutive `positions`: the first call runs over all of the canvas,
+    later ones over the block and, where logits are read one position to the left, the token before it."""
+    shift = getattr(model.config, "logit_shift", 0)
+    start, end = positions[0].item() - shift, positions[-1].item() + 1
+    layers = Cache(layers=[BlockLayer(slice(start, end)) for _ in range(model.config.num_hidden_layers)])
+
+    def forward(x, attention):
+        first = not layers.is_initialized
+        at = 0 if first else start
+        where = torch.arange(at, x.shape[1] if first else end, device=x.device)
+        return logits_at(model, x[:, where], attention, positions - at, position_ids=where[None], past_key_values=layers)
+    return forward
 
 
 def transfer_quota(masks, steps):
@@ -647,12 +722,37 @@ def completion_logps(model, prompts, completions, *, prompt_mask=None):
     no part of the objective. Loss and gradient are those of N * G separate rows at 1/G of the work."""
     (N, P), L = prompts.shape, completions.shape[-1]
     canvas = F.pad(prompts, (0, L), value=model.config.mask_token_id)
-    positions = torch.arange(P, P + L, device=prompts.device)
-    table = logits_at(model, canvas, attention_mask(prompt_mask, L), positions).float().log_softmax(-1)  # (N, L, V)
-    logps = table.gather(2, completions.transpose(1, 2)).transpose(1, 2)  # no (N, G, L, V) copy
-    with torch.no_grad():
-        entropy = -(table.exp() * table).sum(-1)
-    return logps, entropy
+    where = F.pad(torch.ones_like(completions[:, 0], dtype=torch.bool), (P, 0))  # (N, P + L), the completion
+    logps, entropy = token_logps(model, canvas, attention_mask(prompt_mask, L), where, completions.transpose(1, 2).flatten(0, 1))
+    return logps.view(N, L, -1).transpose(1, 2), entropy.view(N, L)
+
+
+def token_logps(model, canvas, attention, where, tokens, chunk=2**26):
+    """Log-probabilities of `tokens` (M, G) at the M True places of `where` (B, T), and the entropy at each, (M,).
+
+    Head and softmax run over so many places at a time that a table of logits has at most `chunk` numbers, and run again
+    in the backward pass: for LLaDA-8B the tables of a single prompt would else be a gigabyte. They run in the place of
+    the head, inside the model's own forward, because that is where FSDP has its parameters gathered."""
+    head, where = model.lm_head.forward, where.roll(-getattr(model.config, "logit_shift", 0), 1)
+
+    def part(hidden, tokens):
+        table = head(hidden).float().log_softmax(-1)  # (chunk / V, V)
+        with torch.no_grad():
+            entropy = -(table.exp() * table).sum(-1)
+        return table.gather(1, tokens), entropy  # no (M, G, V) copy
+
+    def in_chunks(hidden):
+        size = max(chunk // model.config.vocab_size, 1)
+        pairs = list(zip(hidden[where].split(size), tokens.split(size)))
+        if len(pairs) == 1:
+            return part(*pairs[0])
+        return tuple(map(torch.cat, zip(*(checkpoint(part, h, t, use_reentrant=False) for h, t in pairs))))
+
+    model.lm_head.forward = in_chunks
+    try:
+        return model(input_ids=canvas, attention_mask=attention, use_cache=False).logits
+    finally:
+        del model.lm_head.forward  # the class's own shows again
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -724,8 +824,8 @@ def sft_loss(model, prompts, completions, *, prompt_mask=None, generator=None):
     t = t.clamp(min=1e-3)[:, None].to(prompts.device)  # (B, 1)
     masked = torch.rand(B, L, generator=generator, device=device).to(prompts.device) < t
     canvas = torch.cat([prompts, completions.masked_fill(masked, model.config.mask_token_id)], dim=1)
-    logits = logits_at(model, canvas, attention_mask(prompt_mask, L), torch.arange(P, P + L, device=prompts.device))
-    nll = F.cross_entropy(logits[masked].float(), completions[masked], reduction="none")
+    logps, _ = token_logps(model, canvas, attention_mask(prompt_mask, L), F.pad(masked, (P, 0)), completions[masked][:, None])
+    nll = -logps.squeeze(1)
     loss = (nll / t.expand(B, L)[masked]).sum() / (B * L)
     return loss, {"nll": nll.sum().item() / max(len(nll), 1), "masked": masked.float().mean().item()}
 
