@@ -1,0 +1,410 @@
+r"""Accuracy of a masked diffusion LM on GSM8K, MATH500, AMC and Minerva, by the sampler, prompt and grader of igpo.py.
+
+    python eval.py --model GSAI-ML/LLaDA-8B-Instruct --tasks gsm8k,math500,amc,minerva
+    torchrun --nproc_per_node=8 eval.py --model runs/RUN/final            the same results, on eight GPUs
+    python eval.py --model FOLDER --tasks math500 --data math500=math500.jsonl --limit 20      offline, a quick look
+    python eval.py --rescore runs/eval-NAME/samples.jsonl                 grade again what is stored, without a model
+
+The protocol is the paper's: one greedy answer a problem, for AMC the mean over 16 answers at temperature 0.1 (avg@16).
+
+--out_dir (default runs/eval-MODEL; all processes must see it) then holds
+
+    samples.jsonl    one line a sample: task, problem, sample, prompt, completion, extracted (the answer it commits to),
+                     reference, verdict, timed_out (the grader gave up: wrong), length (tokens). Written as it goes.
+    results.json     the results, every setting, the versions and the hardware
+    settings.json    the settings alone, from the start on
+
+A killed evaluation, started again with the same command, continues where it stopped. Neither that nor the number of
+processes changes a sample: its random numbers depend on (seed, task, problem, sample) alone, and which samples share a
+batch, on the settings alone. Samples are shared out over the processes batch by batch.
+"""
+
+import collections
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import random
+import re
+import statistics
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import igpo
+from igpo import Example, Parser, UsageError, answer_examples, barrier, committed_answer, encode_prompt, flag, grade
+from igpo import load_model, mean_across_ranks, print0, rank, read_rows, setup, world
+
+TASKS = {  # where the problems are on the hub, the alternatives in order
+    "gsm8k": ["openai/gsm8k"],
+    "math500": ["HuggingFaceH4/MATH-500"],
+    "amc": ["AI-MO/aimo-validation-amc", "math-ai/amc23"],
+    "minerva": ["math-ai/minervamath"],
+}
+SUBSET_AND_SPLIT = {"openai/gsm8k": ("main", "test"), "AI-MO/aimo-validation-amc": (None, "train")}  # others: None, "test"
+
+
+@dataclass
+class Config:
+    """Every setting, every one a flag."""
+    model: str | None = flag(None, "model folder or hub name")
+    tasks: str = flag("gsm8k,math500,amc,minerva", "what to measure, separated by commas")
+    data: str = flag("", "other sources of problems, as gsm8k=FILE.jsonl,math500=FILE.jsonl; default: the hub")
+    limit: int | None = flag(None, "use the first problems of each task only")
+    out_dir: str | None = flag(None, "folder for the results; default: runs/eval-MODEL")
+    overwrite: bool = flag(False, "forget the samples in out_dir instead of continuing")
+    rescore: str | None = flag(None, "a samples.jsonl to grade again; no other flag matters then")
+    seed: int = flag(0, "seed of everything random")
+    dtype: Literal["auto", "bfloat16", "float32"] = flag("auto", "of the weights; auto: bfloat16 on a GPU, else float32")
+    # sampler
+    gen_length: int = flag(256, "completion length, tokens")
+    diffusion_steps: int = flag(128, "denoising steps for a completion")
+    block_length: int = flag(32, "tokens in a semi-autoregressive block")
+    batch_size: int = flag(16, "samples in one batch")
+    temperature: float = flag(0.0, "of gsm8k, math500 and minerva; 0 is greedy")
+    samples: int = flag(1, "answers to a problem of gsm8k, math500 and minerva")
+    amc_temperature: float = flag(0.1, "of amc")
+    amc_samples: int = flag(16, "answers to a problem of amc")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Problems
+
+
+def reference_answer(row):
+    r"""The final answer in a row: what follows GSM8K's ####, else the last \boxed{}, else the answer column as it is."""
+    text = row["answer"] if row.get("answer") is not None else row.get("solution")
+    if isinstance(text, float) and text.is_integer():  # AMC's answers are numbers
+        text = int(text)
+    text = "" if text is None else str(text)
+    _, marker, after = text.rpartition("####")
+    boxed = committed_answer(text) if "\\boxed" in text else None
+    return (after if marker else boxed or (text if row.get("answer") is not None else "")).strip()
+
+
+def read_problems(source, limit=None):
+    """(question, reference answer) pairs of a local file or a hub data set. Its columns are problem or question, and
+    answer or solution."""
+    subset, split = SUBSET_AND_SPLIT.get(source, (None, "test"))
+    rows = read_rows(source, ("problem|question", "answer|solution"), split, subset)[:limit]
+    problems = [(str(row["problem"] if "problem" in row else row["question"]), reference_answer(row)) for row in rows]
+    for number, (_, reference) in enumerate(problems, 1):
+        if not reference:
+            raise UsageError(f"{source}, row {number}: no answer, and no #### or \\boxed{{}} in the solution")
+    return problems
+
+
+def task_problems(task, source=None, limit=None):
+    """The problems of a task, from the given source or the first of its hub data sets that can be had."""
+    if source:
+        return source, read_problems(source, limit)
+    for source in TASKS[task]:
+        try:
+            return source, read_problems(source, limit)
+        except UsageError as error:
+            problem = error
+    raise UsageError(f"{problem} (--data {task}=FILE)")
+
+
+def parse_data(text):
+    """"gsm8k=a.jsonl,math500=b.jsonl" -> {"gsm8k": "a.jsonl", "math500": "b.jsonl"}"""
+    sources = dict(part.strip().partition("=")[::2] for part in text.split(",") if part.strip())
+    for task, source in sources.items():
+        if task not in TASKS or not source:
+            raise UsageError(f"--data takes TASK=FILE, TASK being one of {', '.join(TASKS)}, not {task!r}={source!r}")
+    return sources
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The output folder. Rank 0 writes samples.jsonl and any other rank r its own samples.rank_r.jsonl, until they are merged.
+
+
+def read_samples(path):
+    """The samples in a file. A last line that a kill left half-written is no sample yet."""
+    samples = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
+        try:
+            samples.append(json.loads(line))
+        except ValueError as error:
+            raise UsageError(f"{path}, line {number}: not JSON") from error
+        if not isinstance(samples[-1], dict) or (absent := SAMPLE_COLUMNS - samples[-1].keys()):
+            have = ", ".join(samples[-1]) if isinstance(samples[-1], dict) else "no columns at all"
+            raise UsageError(f"{path}, line {number}: no column {min(absent)!r} (it has {have})")
+    return samples
+
+
+SAMPLE_COLUMNS = {"task", "problem", "sample", "completion", "reference", "verdict", "length"}
+
+
+def key(sample):
+    return sample["task"], sample["problem"], sample["sample"]
+
+
+def merge_samples(out, tasks):
+    """All samples in the folder, sorted, moved to samples.jsonl. Being killed in the middle of it loses nothing."""
+    parts = sorted(out.glob("samples*.jsonl"))
+    samples = {key(sample): sample for path in parts for sample in read_samples(path)}
+    samples = sorted(samples.values(), key=lambda s: (tasks.index(s["task"]), s["problem"], s["sample"]))
+    replace(out / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
+    for path in parts:
+        if path.name != "samples.jsonl":
+            path.unlink()
+    return samples
+
+
+def replace(path, text):
+    unfinished = Path(f"{path}.unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def claim(out, settings):
+    """Write settings.json, or compare it with what the samples in the folder were made with."""
+    path = out / "settings.json"
+    settings = json.loads(json.dumps(settings))
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    if any(part.stat().st_size for part in out.glob("samples*.jsonl")):
+        for name in settings:
+            if name not in before or before[name] != settings[name]:
+                raise UsageError(f"{out} has samples made with other settings ({name} was {before.get(name)}, now it is "
+                                 f"{settings[name]}); give another --out_dir, or --overwrite to forget them")
+    barrier()  # let every rank read before one writes
+    if rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        replace(path, json.dumps(before | settings, indent=2))
+
+
+def fingerprint(model):
+    """A checksum of the weights, so that a checkpoint that was trained on is not taken for the one before."""
+    bits = {2: torch.int16, 4: torch.int32}
+    return sum(p.detach().view(bits[p.element_size()]).sum(dtype=torch.int64).item() for p in model.parameters()) % 2**32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def batches_of(prompts, samples, batch_size, seed):
+    """Lists of (problem index, sample index), together all samples of a task.
+
+    Prompts of like length share a batch, for little padding; the order of the batches is random, so that the
+    estimates of the time left and of the accuracy hold from the start."""
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    jobs = [(i, s) for i in by_length for s in range(samples)]
+    batches = [jobs[at: at + batch_size] for at in range(0, len(jobs), batch_size)]
+    random.Random(seed).shuffle(batches)
+    return batches
+
+
+def sample_tasks(model, tokenizer, examples, batches, done, path, *, seed, settings):
+    """Answer and grade this process's batches, appending the samples to `path`. -> {task: (tokens, seconds)}
+
+    examples: task -> its Examples. batches: (task, [(problem, sample), ...]) pairs. done: the samples that are stored.
+    settings: task -> how it is sampled."""
+    finished = {key(sample) for sample in done}
+    verdicts = collections.defaultdict(list)
+    for sample in done:
+        verdicts[sample["task"]].append(sample["verdict"])
+    speed = {task: [0, 0.0] for task in examples}
+    with open(path, "a") as file, tqdm(total=sum(len(jobs) for _, jobs in batches), unit="sample", mininterval=1,
+                                       smoothing=0, dynamic_ncols=True, disable=rank() > 0) as bar:
+        for task, jobs in batches:
+            began = time.time()
+            answers = list(answer_examples(model, tokenizer, examples[task], jobs=jobs, batch_size=len(jobs),
+                                           seed=(seed, task), **settings[task]))
+            speed[task][0] += sum(length for *_, length in answers)
+            speed[task][1] += time.time() - began
+            for i, s, text, length in answers:
+                if (task, i, s) in finished:  # a batch that was cut in two is done again as a whole
+                    continue
+                example, timeouts = examples[task][i], igpo.GRADE_TIMEOUTS
+                verdict = grade(text, example.answer)
+                verdicts[task].append(verdict)
+                file.write(json.dumps({
+                    "task": task, "problem": i, "sample": s, "prompt": tokenizer.decode(example.prompt), "completion": text,
+                    "extracted": committed_answer(text), "reference": example.answer, "verdict": verdict,
+                    "timed_out": igpo.GRADE_TIMEOUTS > timeouts, "length": length}) + "\n")
+            file.flush()
+            bar.set_description(f"{task}, accuracy {statistics.mean(verdicts[task]):.3f}", refresh=False)
+            bar.update(len(jobs))
+    return speed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def summarise(samples):
+    """Samples of one task -> its results. The standard error is over problems: with several samples of each, that of
+    the mean of the problems' means, since samples of one problem are not independent."""
+    by_problem = collections.defaultdict(list)
+    for sample in samples:
+        by_problem[sample["problem"]].append(sample["verdict"])
+    means = [statistics.mean(map(float, verdicts)) for verdicts in by_problem.values()]
+    return {
+        "accuracy": statistics.mean(means),
+        "standard_error": statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None,
+        "n": len(means), "samples": len(samples),
+        "completion_length": statistics.mean(sample["length"] for sample in samples),
+        "no_answer": sum(committed_answer(sample["completion"]) is None for sample in samples) / len(samples),
+        "grade_timeouts": sum(sample.get("timed_out", False) for sample in samples),
+    }
+
+
+def table(results):
+    lines = ["task       accuracy %   std. error       n  samples  no answer %   length  tokens/s"]
+    for task, r in results.items():
+        error = "-" if r["standard_error"] is None else f"{100 * r['standard_error']:.2f}"
+        speed = "-" if r.get("tokens_per_second") is None else f"{r['tokens_per_second']:.0f}"
+        lines.append(f"{task:10} {100 * r['accuracy']:10.2f} {error:>12} {r['n']:7} {r['samples']:8} "
+                     f"{100 * r['no_answer']:12.1f} {r['completion_length']:8.1f} {speed:>9}")
+    if timeouts := sum(r["grade_timeouts"] for r in results.values()):
+        lines.append(f"{timeouts} answers could not be graded in time and count as wrong (timed_out in samples.jsonl)")
+    return "\n".join(lines)
+
+
+def versions():
+    found = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "datasets", "math-verify"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def hardware():
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"processes": world(), "gpu": gpu, "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+
+
+def rescore(path):
+    """Grade the completions of a samples file again, and print the results and which verdicts changed."""
+    if not Path(path).is_file():
+        raise UsageError(f"no samples file at {path}")
+    samples, changed = read_samples(path), []
+    if not samples:
+        raise UsageError(f"{path} holds no samples")
+    for sample in tqdm(samples, desc="grading", mininterval=1, dynamic_ncols=True):
+        before, timeouts = sample["verdict"], igpo.GRADE_TIMEOUTS
+        sample["verdict"] = grade(sample["completion"], sample["reference"])
+        sample["timed_out"] = igpo.GRADE_TIMEOUTS > timeouts
+        if sample["verdict"] != before:
+            changed.append(f"  {sample['task']} problem {sample['problem']} sample {sample['sample']}: "
+                           f"{'right -> wrong' if before else 'wrong -> right'}, "
+                           f"{committed_answer(sample['completion'])!r} for {sample['reference']!r}")
+    tasks = dict.fromkeys(sample["task"] for sample in samples)
+    print(table({task: summarise([s for s in samples if s["task"] == task]) for task in tasks}))
+    print("\n".join([f"{len(changed)} of {len(samples)} verdicts changed", *changed]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def check(cfg):
+    """What can be known to be wrong before anything is loaded."""
+    blocks = cfg.gen_length // max(cfg.block_length, 1)
+    for condition, message in [
+        (cfg.model is not None, "no model; give --model FOLDER_OR_HUB_NAME, or --rescore SAMPLES.jsonl"),
+        (cfg.tasks.strip(" ,"), f"no task; there are {', '.join(TASKS)}"),
+        *((getattr(cfg, name) is None or getattr(cfg, name) > 0, f"--{name} {getattr(cfg, name)} is not above 0") for name in
+          ("limit", "gen_length", "diffusion_steps", "block_length", "batch_size", "samples", "amc_samples")),
+        *((getattr(cfg, name) >= 0, f"--{name} {getattr(cfg, name)} is below 0") for name in ("temperature", "amc_temperature")),
+        (cfg.gen_length == blocks * cfg.block_length,
+         f"--gen_length {cfg.gen_length} is not divisible by --block_length {cfg.block_length}"),
+        (blocks and cfg.diffusion_steps % blocks == 0,
+         f"--diffusion_steps {cfg.diffusion_steps} is not divisible by the number of blocks, {blocks}"),
+    ]:
+        if not condition:
+            raise UsageError(message)
+
+
+def main(argv=None):
+    cfg = Parser(Config, allow_abbrev=False).parse_args_into_dataclasses(argv)[0]
+    if cfg.rescore:
+        return rescore(cfg.rescore)
+    check(cfg)
+    device = setup()
+    tasks = list(dict.fromkeys(task.strip() for task in cfg.tasks.split(",") if task.strip()))
+    if unknown := [task for task in tasks if task not in TASKS]:
+        raise UsageError(f"no task {unknown[0]!r}; there are {', '.join(TASKS)}")
+    sources = parse_data(cfg.data)
+    found = {task: task_problems(task, sources.get(task), cfg.limit) for task in tasks}
+    dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(cfg.dtype, cfg.dtype)
+
+    out = Path(cfg.out_dir or "runs/eval-" + re.sub(r"[^\w.-]+", "-", cfg.model).strip("-."))
+    if cfg.overwrite and rank() == 0:
+        for part in out.glob("samples*.jsonl"):
+            part.unlink()
+    barrier()
+    settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ("out_dir", "overwrite", "rescore")}
+    settings |= {"dtype": dtype, "tasks": tasks, "data": {task: source for task, (source, _) in found.items()},
+                 "problems": {task: f"{len(problems)}, checksum {zlib.crc32(repr(problems).encode())}"
+                              for task, (_, problems) in found.items()}}
+    claim(out, settings)  # what can differ is found before the model is loaded
+    # Each process has the whole model: there are no gradients to make room for, and nobody need wait for anybody.
+    model, tokenizer = load_model(cfg.model, dtype=getattr(torch, dtype), device=device)
+    examples = {task: [Example(encode_prompt(tokenizer, question), reference, None) for question, reference in problems]
+                for task, (_, problems) in found.items()}
+    prompts = repr([[example.prompt for example in examples[task]] for task in tasks])
+    settings |= {"weights": f"checksum {fingerprint(model)}", "prompts": f"checksum {zlib.crc32(prompts.encode())}"}
+    claim(out, settings)
+    if rank() == 0:
+        merge_samples(out, tasks)
+    barrier()
+    done = read_samples(out / "samples.jsonl")
+    barrier()  # rank 0 appends to that file from here on
+
+    samples, temperature = dict.fromkeys(tasks, cfg.samples), dict.fromkeys(tasks, cfg.temperature)
+    samples["amc"], temperature["amc"] = cfg.amc_samples, cfg.amc_temperature
+    finished = {key(sample) for sample in done}
+    batches = [(task, jobs) for task in tasks for jobs in
+               batches_of([example.prompt for example in examples[task]], samples[task], cfg.batch_size, cfg.seed)]
+    left = [(task, jobs) for task, jobs in batches if any((task, *job) not in finished for job in jobs)]
+    print0(f"{cfg.model}: {', '.join(f'{len(examples[task])} {task}' for task in tasks)} problems, "
+           f"{len(done)} of {sum(len(jobs) for _, jobs in batches)} samples done before, {world()} processes, folder {out}")
+    sampling = dict(gen_length=cfg.gen_length, block_length=cfg.block_length, steps=cfg.diffusion_steps)
+    speed = sample_tasks(
+        model, tokenizer, examples, left[rank():: world()], done,
+        out / ("samples.jsonl" if rank() == 0 else f"samples.rank_{rank()}.jsonl"), seed=cfg.seed,
+        settings={task: sampling | {"temperature": temperature[task]} for task in tasks})
+
+    if world() > 1:  # the others may need longer than the 10 minutes after which NCCL gives up
+        dist.barrier(dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7)))
+    speed = mean_across_ranks({(task, i): value for task in tasks for i, value in enumerate(speed[task])}, device)
+    if rank() == 0:
+        stored = merge_samples(out, tasks)
+        results = {}
+        before = json.loads((out / "results.json").read_text())["results"] if (out / "results.json").is_file() else {}
+        for task in tasks:
+            tokens, seconds = speed[task, 0], speed[task, 1]
+            results[task] = summarise([sample for sample in stored if sample["task"] == task]) | {"tokens_per_second":
+                world() * tokens / seconds if seconds else before.get(task, {}).get("tokens_per_second")}
+        replace(out / "results.json", json.dumps(
+            {"results": results, "settings": settings, "versions": versions(), "hardware": hardware()}, indent=2))
+        print0(table(results))
+        print0(f"samples.jsonl and results.json are in {out}")
+    barrier()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UsageError as error:
+        if rank() == 0:
+            print(f"eval.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
