@@ -51,7 +51,7 @@ TASKS = {  # where the problems are on the hub, the alternatives in order
     "amc": ["AI-MO/aimo-validation-amc", "math-ai/amc23"],
     "minerva": ["math-ai/minervamath"],
 }
-SUBSET_AND_SPLIT = {"openai/gsm8k": ("main", "test"), "AI-MO/aimo-validation-amc": (None, "train")}  # others: None, "test"
+SUBSET_AND_SPLIT = {"openai/gsm8k": ("main", "test"), "AI-MO/aimo-validation-amc": (None, "train")}  # else None, "test"
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Config:
     overwrite: bool = flag(False, "forget the samples in out_dir instead of continuing")
     rescore: str | None = flag(None, "a samples.jsonl to grade again; no other flag matters then")
     seed: int = flag(0, "seed of everything random")
-    dtype: Literal["auto", "bfloat16", "float32"] = flag("auto", "of the weights; auto: bfloat16 on a GPU, else float32")
+    dtype: Literal["auto", "bfloat16", "float32"] = flag("auto", "weights; auto: bfloat16 on a GPU, else float32")
     # sampler
     gen_length: int = flag(256, "completion length, tokens")
     diffusion_steps: int = flag(128, "denoising steps for a completion")
@@ -82,14 +82,16 @@ class Config:
 
 
 def reference_answer(row):
-    r"""The final answer in a row: what follows GSM8K's ####, else the last \boxed{}, else the answer column as it is."""
-    text = row["answer"] if row.get("answer") is not None else row.get("solution")
+    r"""The final answer of a row: what follows GSM8K's ####, else the last \boxed{}, else column answer as it is."""
+    answer = row.get("answer")
+    text = answer if answer not in (None, "") else row.get("solution")
     if isinstance(text, float) and text.is_integer():  # AMC's answers are numbers
         text = int(text)
-    text = "" if text is None else str(text)
-    _, marker, after = text.rpartition("####")
+    text = str(text)
+    if "####" in text:
+        return text.rpartition("####")[2].strip()
     boxed = committed_answer(text) if "\\boxed" in text else None
-    return (after if marker else boxed or (text if row.get("answer") is not None else "")).strip()
+    return boxed or (text.strip() if answer not in (None, "") else "")
 
 
 def read_problems(source, limit=None):
@@ -116,6 +118,14 @@ def task_problems(task, source=None, limit=None):
     raise UsageError(f"{problem} (--data {task}=FILE)")
 
 
+def parse_tasks(text):
+    """"gsm8k,amc" -> ["gsm8k", "amc"]"""
+    tasks = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not tasks or (unknown := [task for task in tasks if task not in TASKS]):
+        raise UsageError(f"no task{f' {unknown[0]!r}' if tasks else ''}; there are {', '.join(TASKS)}")
+    return tasks
+
+
 def parse_data(text):
     """"gsm8k=a.jsonl,math500=b.jsonl" -> {"gsm8k": "a.jsonl", "math500": "b.jsonl"}"""
     sources = dict(part.strip().partition("=")[::2] for part in text.split(",") if part.strip())
@@ -126,24 +136,27 @@ def parse_data(text):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The output folder. Rank 0 writes samples.jsonl and any other rank r its own samples.rank_r.jsonl, until they are merged.
+# The output folder. Rank 0 writes samples.jsonl, rank r its own samples.rank_r.jsonl, until they are merged.
+
+COLUMNS = {"task", "problem", "sample", "completion", "reference", "verdict", "length"}  # what --rescore needs
 
 
 def read_samples(path):
     """The samples in a file. A last line that a kill left half-written is no sample yet."""
-    samples = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
+    samples, lines = [], Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
-            samples.append(json.loads(line))
+            sample = json.loads(line) if line.strip() else None
         except ValueError as error:
+            if number == len(lines):
+                break
             raise UsageError(f"{path}, line {number}: not JSON") from error
-        if not isinstance(samples[-1], dict) or (absent := SAMPLE_COLUMNS - samples[-1].keys()):
-            have = ", ".join(samples[-1]) if isinstance(samples[-1], dict) else "no columns at all"
-            raise UsageError(f"{path}, line {number}: no column {min(absent)!r} (it has {have})")
+        if sample is not None:
+            have = sample if isinstance(sample, dict) else {}
+            if absent := sorted(COLUMNS - have.keys()):
+                raise UsageError(f"{path}, line {number}: no column {absent[0]!r} (it has {', '.join(have) or 'none'})")
+            samples.append(sample)
     return samples
-
-
-SAMPLE_COLUMNS = {"task", "problem", "sample", "completion", "reference", "verdict", "length"}
 
 
 def key(sample):
@@ -176,18 +189,18 @@ def claim(out, settings):
     if any(part.stat().st_size for part in out.glob("samples*.jsonl")):
         for name in settings:
             if name not in before or before[name] != settings[name]:
-                raise UsageError(f"{out} has samples made with other settings ({name} was {before.get(name)}, now it is "
-                                 f"{settings[name]}); give another --out_dir, or --overwrite to forget them")
-    barrier()  # let every rank read before one writes
+                raise UsageError(f"{out} has samples made with other settings: {name} was {before.get(name)}, now it "
+                                 f"is {settings[name]}; give another --out_dir, or --overwrite to forget the samples")
+    barrier()  # every rank reads before one writes
     if rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         replace(path, json.dumps(before | settings, indent=2))
 
 
-def fingerprint(model):
-    """A checksum of the weights, so that a checkpoint that was trained on is not taken for the one before."""
-    bits = {2: torch.int16, 4: torch.int32}
-    return sum(p.detach().view(bits[p.element_size()]).sum(dtype=torch.int64).item() for p in model.parameters()) % 2**32
+def checksum(model):
+    """Of the weights, so that a checkpoint that was trained further is not taken for the one before."""
+    integers = {2: torch.int16, 4: torch.int32}  # whose sum, unlike that of floats, is the same in any order
+    return sum(p.detach().view(integers[p.element_size()]).sum().item() for p in model.parameters()) % 2**32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,8 +210,8 @@ def fingerprint(model):
 def batches_of(prompts, samples, batch_size, seed):
     """Lists of (problem index, sample index), together all samples of a task.
 
-    Prompts of like length share a batch, for little padding; the order of the batches is random, so that the
-    estimates of the time left and of the accuracy hold from the start."""
+    Prompts of like length share a batch, for little padding. The order of the batches is random, so that from the
+    start they are typical, and with them the running accuracy and the estimate of the time left."""
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     jobs = [(i, s) for i in by_length for s in range(samples)]
     batches = [jobs[at: at + batch_size] for at in range(0, len(jobs), batch_size)]
@@ -206,34 +219,38 @@ def batches_of(prompts, samples, batch_size, seed):
     return batches
 
 
-def sample_tasks(model, tokenizer, examples, batches, done, path, *, seed, settings):
-    """Answer and grade this process's batches, appending the samples to `path`. -> {task: (tokens, seconds)}
+def graded(completion, reference):
+    """The fields of a sample that the grader is responsible for."""
+    timeouts = igpo.GRADE_TIMEOUTS
+    verdict = grade(completion, reference)
+    return {"extracted": committed_answer(completion), "reference": reference, "verdict": verdict,
+            "timed_out": igpo.GRADE_TIMEOUTS > timeouts}
 
-    examples: task -> its Examples. batches: (task, [(problem, sample), ...]) pairs. done: the samples that are stored.
-    settings: task -> how it is sampled."""
-    finished = {key(sample) for sample in done}
-    verdicts = collections.defaultdict(list)
+
+def sample_batches(model, tokenizer, examples, batches, done, path, *, seed, sampling):
+    """Answer and grade this process's share of the batches, appending to `path`. -> {task: (tokens, seconds)}
+
+    examples, sampling: task -> its Examples, and the settings for sample(). batches: (task, [(problem, sample), ...])
+    pairs. done: the samples that are stored; a batch that lacks some of its samples is done again as a whole."""
+    finished, verdicts = {key(sample) for sample in done}, {task: [] for task in examples}
     for sample in done:
         verdicts[sample["task"]].append(sample["verdict"])
-    speed = {task: [0, 0.0] for task in examples}
-    with open(path, "a") as file, tqdm(total=sum(len(jobs) for _, jobs in batches), unit="sample", mininterval=1,
+    left = [(task, jobs) for task, jobs in batches if any((task, *job) not in finished for job in jobs)]
+    batches, speed = left[rank():: world()], dict.fromkeys(examples, (0, 0.0))
+    with open(path, "a") as file, tqdm(total=sum(len(jobs) for _, jobs in batches), unit=" samples", mininterval=1,
                                        smoothing=0, dynamic_ncols=True, disable=rank() > 0) as bar:
         for task, jobs in batches:
             began = time.time()
             answers = list(answer_examples(model, tokenizer, examples[task], jobs=jobs, batch_size=len(jobs),
-                                           seed=(seed, task), **settings[task]))
-            speed[task][0] += sum(length for *_, length in answers)
-            speed[task][1] += time.time() - began
-            for i, s, text, length in answers:
-                if (task, i, s) in finished:  # a batch that was cut in two is done again as a whole
-                    continue
-                example, timeouts = examples[task][i], igpo.GRADE_TIMEOUTS
-                verdict = grade(text, example.answer)
-                verdicts[task].append(verdict)
-                file.write(json.dumps({
-                    "task": task, "problem": i, "sample": s, "prompt": tokenizer.decode(example.prompt), "completion": text,
-                    "extracted": committed_answer(text), "reference": example.answer, "verdict": verdict,
-                    "timed_out": igpo.GRADE_TIMEOUTS > timeouts, "length": length}) + "\n")
+                                           seed=(seed, task), **sampling[task]))
+            tokens, seconds = speed[task]
+            speed[task] = tokens + sum(length for *_, length in answers), seconds + time.time() - began
+            for i, s, completion, length in answers:
+                sample = {"task": task, "problem": i, "sample": s, "prompt": tokenizer.decode(examples[task][i].prompt),
+                          "completion": completion, **graded(completion, examples[task][i].answer), "length": length}
+                if key(sample) not in finished:
+                    file.write(json.dumps(sample) + "\n")
+                    verdicts[task].append(sample["verdict"])
             file.flush()
             bar.set_description(f"{task}, accuracy {statistics.mean(verdicts[task]):.3f}", refresh=False)
             bar.update(len(jobs))
@@ -256,8 +273,8 @@ def summarise(samples):
         "standard_error": statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None,
         "n": len(means), "samples": len(samples),
         "completion_length": statistics.mean(sample["length"] for sample in samples),
-        "no_answer": sum(committed_answer(sample["completion"]) is None for sample in samples) / len(samples),
-        "grade_timeouts": sum(sample.get("timed_out", False) for sample in samples),
+        "no_answer": statistics.mean(sample["extracted"] is None for sample in samples),
+        "grade_timeouts": sum(sample["timed_out"] for sample in samples),
     }
 
 
@@ -273,19 +290,13 @@ def table(results):
     return "\n".join(lines)
 
 
-def versions():
-    found = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "datasets", "math-verify"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def hardware():
+def environment():
+    """Versions and hardware, for results.json."""
+    installed = {name: next((found.version for found in importlib.metadata.distributions(name=name)), None)
+                 for name in ("torch", "transformers", "datasets", "math-verify")}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"processes": world(), "gpu": gpu, "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    return {"versions": {"python": platform.python_version(), **installed},
+            "hardware": {"processes": world(), "gpu": gpu, "cpu": platform.machine(), "cores": os.cpu_count()}}
 
 
 def rescore(path):
@@ -296,13 +307,12 @@ def rescore(path):
     if not samples:
         raise UsageError(f"{path} holds no samples")
     for sample in tqdm(samples, desc="grading", mininterval=1, dynamic_ncols=True):
-        before, timeouts = sample["verdict"], igpo.GRADE_TIMEOUTS
-        sample["verdict"] = grade(sample["completion"], sample["reference"])
-        sample["timed_out"] = igpo.GRADE_TIMEOUTS > timeouts
+        before = sample["verdict"]
+        sample |= graded(sample["completion"], sample["reference"])
         if sample["verdict"] != before:
             changed.append(f"  {sample['task']} problem {sample['problem']} sample {sample['sample']}: "
                            f"{'right -> wrong' if before else 'wrong -> right'}, "
-                           f"{committed_answer(sample['completion'])!r} for {sample['reference']!r}")
+                           f"{sample['extracted']!r} for {sample['reference']!r}")
     tasks = dict.fromkeys(sample["task"] for sample in samples)
     print(table({task: summarise([s for s in samples if s["task"] == task]) for task in tasks}))
     print("\n".join([f"{len(changed)} of {len(samples)} verdicts changed", *changed]))
@@ -314,88 +324,86 @@ def rescore(path):
 
 def check(cfg):
     """What can be known to be wrong before anything is loaded."""
-    blocks = cfg.gen_length // max(cfg.block_length, 1)
-    for condition, message in [
-        (cfg.model is not None, "no model; give --model FOLDER_OR_HUB_NAME, or --rescore SAMPLES.jsonl"),
-        (cfg.tasks.strip(" ,"), f"no task; there are {', '.join(TASKS)}"),
-        *((getattr(cfg, name) is None or getattr(cfg, name) > 0, f"--{name} {getattr(cfg, name)} is not above 0") for name in
-          ("limit", "gen_length", "diffusion_steps", "block_length", "batch_size", "samples", "amc_samples")),
-        *((getattr(cfg, name) >= 0, f"--{name} {getattr(cfg, name)} is below 0") for name in ("temperature", "amc_temperature")),
-        (cfg.gen_length == blocks * cfg.block_length,
-         f"--gen_length {cfg.gen_length} is not divisible by --block_length {cfg.block_length}"),
-        (blocks and cfg.diffusion_steps % blocks == 0,
-         f"--diffusion_steps {cfg.diffusion_steps} is not divisible by the number of blocks, {blocks}"),
-    ]:
-        if not condition:
-            raise UsageError(message)
+    if cfg.model is None:
+        raise UsageError("no model; give --model FOLDER_OR_HUB_NAME, or --rescore SAMPLES.jsonl")
+    for name in ("limit", "gen_length", "diffusion_steps", "block_length", "batch_size", "samples", "amc_samples"):
+        if (value := getattr(cfg, name)) is not None and value < 1:
+            raise UsageError(f"--{name} is at least 1, not {value}")
+    for name in ("temperature", "amc_temperature"):
+        if (value := getattr(cfg, name)) < 0:
+            raise UsageError(f"--{name} is at least 0, not {value}")
+    blocks, rest = divmod(cfg.gen_length, cfg.block_length)
+    if rest:
+        raise UsageError(f"--gen_length {cfg.gen_length} is not divisible by --block_length {cfg.block_length}")
+    if cfg.diffusion_steps % blocks:
+        raise UsageError(f"--diffusion_steps {cfg.diffusion_steps} is not divisible by the number of blocks, {blocks}")
 
 
 def main(argv=None):
-    cfg = Parser(Config, allow_abbrev=False).parse_args_into_dataclasses(argv)[0]
+    cfg = Config(**vars(Parser(Config, allow_abbrev=False).parse_args(argv)))
     if cfg.rescore:
         return rescore(cfg.rescore)
     check(cfg)
-    device = setup()
-    tasks = list(dict.fromkeys(task.strip() for task in cfg.tasks.split(",") if task.strip()))
-    if unknown := [task for task in tasks if task not in TASKS]:
-        raise UsageError(f"no task {unknown[0]!r}; there are {', '.join(TASKS)}")
-    sources = parse_data(cfg.data)
+    tasks, sources = parse_tasks(cfg.tasks), parse_data(cfg.data)
+    device, everyone = setup(), None
+    if world() > 1:  # the default group gives up after 10 minutes, but some may need much longer than others at the end
+        everyone = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
     found = {task: task_problems(task, sources.get(task), cfg.limit) for task in tasks}
-    dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(cfg.dtype, cfg.dtype)
 
     out = Path(cfg.out_dir or "runs/eval-" + re.sub(r"[^\w.-]+", "-", cfg.model).strip("-."))
     if cfg.overwrite and rank() == 0:
-        for part in out.glob("samples*.jsonl"):
-            part.unlink()
+        for path in [*out.glob("samples*.jsonl"), *out.glob("results.json")]:
+            path.unlink()
     barrier()
-    settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ("out_dir", "overwrite", "rescore")}
-    settings |= {"dtype": dtype, "tasks": tasks, "data": {task: source for task, (source, _) in found.items()},
-                 "problems": {task: f"{len(problems)}, checksum {zlib.crc32(repr(problems).encode())}"
-                              for task, (_, problems) in found.items()}}
-    claim(out, settings)  # what can differ is found before the model is loaded
-    # Each process has the whole model: there are no gradients to make room for, and nobody need wait for anybody.
+    dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(cfg.dtype, cfg.dtype)
+    settings = dataclasses.asdict(cfg) | {
+        "tasks": tasks, "dtype": dtype, "data": {task: source for task, (source, _) in found.items()},
+        "problems": {task: len(problems) for task, (_, problems) in found.items()},
+        "problems_checksum": zlib.crc32(repr(found).encode())}
+    for name in ("out_dir", "overwrite", "rescore"):  # say nothing about the samples
+        del settings[name]
+    claim(out, settings)  # before the model is loaded, which takes a while
+
+    # Each process has the whole model: there is no optimizer to make room for, and so nobody has to wait for anybody.
     model, tokenizer = load_model(cfg.model, dtype=getattr(torch, dtype), device=device)
     examples = {task: [Example(encode_prompt(tokenizer, question), reference, None) for question, reference in problems]
                 for task, (_, problems) in found.items()}
-    prompts = repr([[example.prompt for example in examples[task]] for task in tasks])
-    settings |= {"weights": f"checksum {fingerprint(model)}", "prompts": f"checksum {zlib.crc32(prompts.encode())}"}
+    prompts = {task: [example.prompt for example in examples[task]] for task in tasks}
+    settings |= {"weights_checksum": checksum(model), "prompts_checksum": zlib.crc32(repr(prompts).encode())}
     claim(out, settings)
     if rank() == 0:
         merge_samples(out, tasks)
     barrier()
     done = read_samples(out / "samples.jsonl")
-    barrier()  # rank 0 appends to that file from here on
+    barrier()  # from here on rank 0 appends to that file
 
-    samples, temperature = dict.fromkeys(tasks, cfg.samples), dict.fromkeys(tasks, cfg.temperature)
-    samples["amc"], temperature["amc"] = cfg.amc_samples, cfg.amc_temperature
-    finished = {key(sample) for sample in done}
-    batches = [(task, jobs) for task in tasks for jobs in
-               batches_of([example.prompt for example in examples[task]], samples[task], cfg.batch_size, cfg.seed)]
-    left = [(task, jobs) for task, jobs in batches if any((task, *job) not in finished for job in jobs)]
-    print0(f"{cfg.model}: {', '.join(f'{len(examples[task])} {task}' for task in tasks)} problems, "
-           f"{len(done)} of {sum(len(jobs) for _, jobs in batches)} samples done before, {world()} processes, folder {out}")
-    sampling = dict(gen_length=cfg.gen_length, block_length=cfg.block_length, steps=cfg.diffusion_steps)
-    speed = sample_tasks(
-        model, tokenizer, examples, left[rank():: world()], done,
+    protocol = {task: (cfg.samples, cfg.temperature) for task in tasks}
+    if "amc" in tasks:
+        protocol["amc"] = cfg.amc_samples, cfg.amc_temperature
+    batches = [(task, jobs) for task, (samples, _) in protocol.items()
+               for jobs in batches_of(prompts[task], samples, cfg.batch_size, cfg.seed)]
+    total = sum(len(jobs) for _, jobs in batches)
+    print0(f"{cfg.model} on {world()} x {device.type}, {len(done)} of {total} samples are in {out} already")
+    speed = sample_batches(
+        model, tokenizer, examples, batches, done,
         out / ("samples.jsonl" if rank() == 0 else f"samples.rank_{rank()}.jsonl"), seed=cfg.seed,
-        settings={task: sampling | {"temperature": temperature[task]} for task in tasks})
+        sampling={task: dict(gen_length=cfg.gen_length, block_length=cfg.block_length, steps=cfg.diffusion_steps,
+                             temperature=temperature) for task, (_, temperature) in protocol.items()})
 
-    if world() > 1:  # the others may need longer than the 10 minutes after which NCCL gives up
-        dist.barrier(dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7)))
+    if everyone is not None:
+        dist.barrier(everyone)
     speed = mean_across_ranks({(task, i): value for task in tasks for i, value in enumerate(speed[task])}, device)
     if rank() == 0:
         stored = merge_samples(out, tasks)
-        results = {}
-        before = json.loads((out / "results.json").read_text())["results"] if (out / "results.json").is_file() else {}
+        results, path = {}, out / "results.json"
+        before = json.loads(path.read_text())["results"] if path.is_file() else {}
         for task in tasks:
-            tokens, seconds = speed[task, 0], speed[task, 1]
-            results[task] = summarise([sample for sample in stored if sample["task"] == task]) | {"tokens_per_second":
-                world() * tokens / seconds if seconds else before.get(task, {}).get("tokens_per_second")}
-        replace(out / "results.json", json.dumps(
-            {"results": results, "settings": settings, "versions": versions(), "hardware": hardware()}, indent=2))
-        print0(table(results))
-        print0(f"samples.jsonl and results.json are in {out}")
-    barrier()
+            tokens, seconds = speed[task, 0], speed[task, 1]  # of this run; where it had nothing to do, of the last one
+            last = before.get(task, {}).get("tokens_per_second")
+            results[task] = summarise([sample for sample in stored if sample["task"] == task])
+            results[task]["tokens_per_second"] = world() * tokens / seconds if seconds else last
+        replace(path, json.dumps({"results": results, "settings": settings, **environment()}, indent=2))
+        print(f"{table(results)}\nsamples.jsonl and results.json are in {out}")
 
 
 if __name__ == "__main__":
