@@ -20,8 +20,10 @@ batch, on the settings alone. Samples are shared out over the processes batch by
 """
 
 import collections
+import contextlib
 import dataclasses
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -181,19 +183,39 @@ def replace(path, text):
     unfinished.replace(path)
 
 
+@contextlib.contextmanager
+def locked(out):
+    """One evaluation at a time writes to a folder: the processes of a killed torchrun may live on for a while."""
+    if rank() > 0:
+        yield
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")
+    except OSError as error:
+        raise UsageError(f"cannot write to {out} ({error.strerror})") from error
+    with lock:  # the lock ends with the process, however that ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"another evaluation is writing to {out}; end it, or wait for it") from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
 def claim(out, settings):
     """Write settings.json, or compare it with what the samples in the folder were made with."""
     path = out / "settings.json"
     settings = json.loads(json.dumps(settings))
     before = json.loads(path.read_text()) if path.is_file() else {}
-    if any(part.stat().st_size for part in out.glob("samples*.jsonl")):
-        for name in settings:
-            if name not in before or before[name] != settings[name]:
-                raise UsageError(f"{out} has samples made with other settings: {name} was {before.get(name)}, now it "
-                                 f"is {settings[name]}; give another --out_dir, or --overwrite to forget the samples")
+    differ = [f"{name} was {before.get(name)}, now it is {value}" for name, value in settings.items()
+              if name not in before or before[name] != value]
+    if differ and any(part.stat().st_size for part in out.glob("samples*.jsonl")):
+        raise UsageError(f"{out} has samples made with other settings: {'; '.join(differ)}. "
+                         "Give another --out_dir, or --overwrite to forget the samples")
     barrier()  # every rank reads before one writes
     if rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
         replace(path, json.dumps(before | settings, indent=2))
 
 
@@ -345,16 +367,8 @@ def main(argv=None):
         return rescore(cfg.rescore)
     check(cfg)
     tasks, sources = parse_tasks(cfg.tasks), parse_data(cfg.data)
-    device, everyone = setup(), None
-    if world() > 1:  # the default group gives up after 10 minutes, but some may need much longer than others at the end
-        everyone = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    device = setup()
     found = {task: task_problems(task, sources.get(task), cfg.limit) for task in tasks}
-
-    out = Path(cfg.out_dir or "runs/eval-" + re.sub(r"[^\w.-]+", "-", cfg.model).strip("-."))
-    if cfg.overwrite and rank() == 0:
-        for path in [*out.glob("samples*.jsonl"), *out.glob("results.json")]:
-            path.unlink()
-    barrier()
     dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(cfg.dtype, cfg.dtype)
     settings = dataclasses.asdict(cfg) | {
         "tasks": tasks, "dtype": dtype, "data": {task: source for task, (source, _) in found.items()},
@@ -362,24 +376,37 @@ def main(argv=None):
         "problems_checksum": zlib.crc32(repr(found).encode())}
     for name in ("out_dir", "overwrite", "rescore"):  # say nothing about the samples
         del settings[name]
+    out = Path(cfg.out_dir or "runs/eval-" + re.sub(r"[^\w.-]+", "-", cfg.model).strip("-."))
+    with locked(out):
+        if cfg.overwrite and rank() == 0:
+            for path in [*out.glob("samples*.jsonl"), *out.glob("results.json")]:
+                path.unlink()
+        evaluate(cfg, settings, {task: problems for task, (_, problems) in found.items()}, out, device)
+
+
+def evaluate(cfg, settings, problems, out, device):
+    """Sample what is not in the folder yet, then write and print the results. problems: task -> its problems."""
+    barrier()
+    everyone = None
+    if world() > 1:  # the default group gives up after 10 minutes, but at the end some may wait much longer for others
+        everyone = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
     claim(out, settings)  # before the model is loaded, which takes a while
 
     # Each process has the whole model: there is no optimizer to make room for, and so nobody has to wait for anybody.
-    model, tokenizer = load_model(cfg.model, dtype=getattr(torch, dtype), device=device)
-    examples = {task: [Example(encode_prompt(tokenizer, question), reference, None) for question, reference in problems]
-                for task, (_, problems) in found.items()}
-    prompts = {task: [example.prompt for example in examples[task]] for task in tasks}
+    model, tokenizer = load_model(cfg.model, dtype=getattr(torch, settings["dtype"]), device=device)
+    examples = {task: [Example(encode_prompt(tokenizer, question), reference, None) for question, reference in pairs]
+                for task, pairs in problems.items()}
+    prompts = {task: [example.prompt for example in examples[task]] for task in examples}
     settings |= {"weights_checksum": checksum(model), "prompts_checksum": zlib.crc32(repr(prompts).encode())}
     claim(out, settings)
     if rank() == 0:
-        merge_samples(out, tasks)
+        merge_samples(out, list(problems))
     barrier()
     done = read_samples(out / "samples.jsonl")
     barrier()  # from here on rank 0 appends to that file
 
-    protocol = {task: (cfg.samples, cfg.temperature) for task in tasks}
-    if "amc" in tasks:
-        protocol["amc"] = cfg.amc_samples, cfg.amc_temperature
+    protocol = {task: (cfg.amc_samples, cfg.amc_temperature) if task == "amc" else (cfg.samples, cfg.temperature)
+                for task in problems}
     batches = [(task, jobs) for task, (samples, _) in protocol.items()
                for jobs in batches_of(prompts[task], samples, cfg.batch_size, cfg.seed)]
     total = sum(len(jobs) for _, jobs in batches)
@@ -392,12 +419,13 @@ def main(argv=None):
 
     if everyone is not None:
         dist.barrier(everyone)
-    speed = mean_across_ranks({(task, i): value for task in tasks for i, value in enumerate(speed[task])}, device)
+    speed = mean_across_ranks({(task, i): value for task in speed for i, value in enumerate(speed[task])}, device)
     if rank() == 0:
-        stored = merge_samples(out, tasks)
+        stored = merge_samples(out, list(problems))
+        assert len(stored) == total, f"{total - len(stored)} samples are missing; start the same command again"
         results, path = {}, out / "results.json"
         before = json.loads(path.read_text())["results"] if path.is_file() else {}
-        for task in tasks:
+        for task in problems:
             tokens, seconds = speed[task, 0], speed[task, 1]  # of this run; where it had nothing to do, of the last one
             last = before.get(task, {}).get("tokens_per_second")
             results[task] = summarise([sample for sample in stored if sample["task"] == task])

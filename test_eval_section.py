@@ -105,8 +105,22 @@ def test_settings_are_compared_once_there_are_samples(tmp_path):
     evaluation.claim(tmp_path, {"seed": 1, "limit": None})  # nothing was sampled with the first
     jsonl(tmp_path / "samples.rank_3.jsonl", {})
     evaluation.claim(tmp_path, {"seed": 1, "limit": None})
-    with pytest.raises(igpo.UsageError, match="other settings: limit was None, now it is 5; give another --out_dir"):
+    with pytest.raises(igpo.UsageError, match="other settings: limit was None, now it is 5. Give another --out_dir"):
         evaluation.claim(tmp_path, {"seed": 1, "limit": 5})
+
+
+def test_one_evaluation_at_a_time_writes_to_a_folder(tmp_path):
+    """A torchrun killed by SIGKILL leaves its processes behind; a second run beside them lost a batch."""
+    with evaluation.locked(tmp_path / "out"):
+        with pytest.raises(igpo.UsageError, match="another evaluation is writing to"):
+            with evaluation.locked(tmp_path / "out"):
+                pass
+    with evaluation.locked(tmp_path / "out"):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(igpo.UsageError, match="cannot write to .*file"):
+        with evaluation.locked(tmp_path / "file"):
+            pass
 
 
 @pytest.fixture(scope="module")
