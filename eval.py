@@ -15,8 +15,8 @@ The protocol is the paper's: one greedy answer a problem, for AMC the mean over 
     settings.json    the settings alone, from the start on
 
 A killed evaluation, started again with the same command, continues where it stopped. Neither that nor the number of
-processes changes a sample: its random numbers depend on (seed, task, problem, sample) alone, and which samples share a
-batch, on the settings alone. Samples are shared out over the processes batch by batch.
+processes changes a sample (on one kind of hardware): its random numbers depend on (seed, task, problem, sample) alone,
+and which samples share a batch, on the settings alone. Whole batches are shared out over the processes.
 """
 
 import collections
@@ -422,7 +422,8 @@ def evaluate(cfg, settings, problems, out, device):
     speed = mean_across_ranks({(task, i): value for task in speed for i, value in enumerate(speed[task])}, device)
     if rank() == 0:
         stored = merge_samples(out, list(problems))
-        assert len(stored) == total, f"{total - len(stored)} samples are missing; start the same command again"
+        if len(stored) != total:  # say so, rather than average over a part
+            raise UsageError(f"{total - len(stored)} samples are missing in {out}; start the same command again")
         results, path = {}, out / "results.json"
         before = json.loads(path.read_text())["results"] if path.is_file() else {}
         for task in problems:

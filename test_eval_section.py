@@ -89,7 +89,8 @@ def test_accuracy_and_standard_error_by_hand():
     # avg@4: the problems' means are 1, 1/4 and 1/4: mean 1/2, variance (1/4 + 1/16 + 1/16) / 2 = 3/16, / 3 = 1/16
     T, F = True, False
     avg = evaluation.summarise(made_samples({0: [T, T, T, T], 1: [F, F, T, F], 2: [T, F, F, F]}))
-    assert avg["accuracy"] == 0.5 and avg["standard_error"] == pytest.approx(0.25) and (avg["n"], avg["samples"]) == (3, 12)
+    assert avg["accuracy"] == 0.5 and avg["standard_error"] == pytest.approx(0.25)
+    assert (avg["n"], avg["samples"]) == (3, 12)
     assert evaluation.summarise(made_samples({0: [T, F]}))["standard_error"] is None  # one problem says nothing of it
 
 
@@ -97,7 +98,8 @@ def test_batches_hold_every_sample_once():
     prompts = [[0] * n for n in (5, 1, 9, 3, 7)]
     batches = evaluation.batches_of(prompts, 3, 4, seed=0)
     assert sorted(job for jobs in batches for job in jobs) == [(i, s) for i in range(5) for s in range(3)]
-    assert sorted(map(len, batches)) == [3, 4, 4, 4] and [(1, 0), (1, 1), (1, 2), (3, 0)] in batches  # 1 and 3: shortest
+    assert sorted(map(len, batches)) == [3, 4, 4, 4]
+    assert [(1, 0), (1, 1), (1, 2), (3, 0)] in batches  # 1 and 3 are the shortest prompts
 
 
 def test_settings_are_compared_once_there_are_samples(tmp_path):
@@ -161,7 +163,8 @@ def test_what_an_evaluation_leaves_behind(toy, capsys):
     assert [(r["n"], r["samples"]) for r in result["results"].values()] == [(7, 7), (5, 30)]
     assert all(r["tokens_per_second"] > 0 for r in result["results"].values())
     settings = result["settings"]
-    assert settings["amc_temperature"] == 2 and settings["dtype"] == ("bfloat16" if torch.cuda.is_available() else "float32")
+    assert settings["dtype"] == ("bfloat16" if torch.cuda.is_available() else "float32")
+    assert settings["amc_temperature"] == 2
     assert set(settings) >= {f.name for f in dataclasses.fields(evaluation.Config)} - {
         "out_dir", "overwrite", "rescore"}
     assert result["versions"]["math-verify"] == importlib.metadata.version("math-verify")
@@ -235,8 +238,9 @@ def test_rescore(toy, tmp_path, capsys):
     capsys.readouterr()
     evaluation.main(["--rescore", str(folder / "whole" / "samples.jsonl")])
     assert "0 of 37 verdicts changed" in capsys.readouterr().out
+    stored = [(r"\boxed{0.25}", False), (r"\boxed{3}", True), (r"\boxed{\frac14}", True)]
     rows = [dict(task="math500", problem=i, sample=0, completion=completion, reference="1/4", verdict=verdict, length=9)
-            for i, (completion, verdict) in enumerate([(r"\boxed{0.25}", False), (r"\boxed{3}", True), (r"\boxed{\frac14}", True)])]
+            for i, (completion, verdict) in enumerate(stored)]
     path = Path(jsonl(tmp_path / "samples.jsonl", *rows))
     before = path.read_bytes()
     evaluation.main(["--rescore", str(path)])
@@ -256,7 +260,8 @@ def test_grader_timeouts_are_reported(monkeypatch):
                zip(made_samples({0: [True], 1: [True], 2: [True]}), ["right", "slow", "wrong"])]
     assert [(s["verdict"], s["timed_out"]) for s in samples] == [(True, False), (False, True), (False, False)]
     results = evaluation.summarise(samples)
-    assert results["grade_timeouts"] == 1 and "\n1 answers could not be graded in time" in evaluation.table({"amc": results})
+    assert results["grade_timeouts"] == 1
+    assert "\n1 answers could not be graded in time" in evaluation.table({"amc": results})
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -278,7 +283,8 @@ def test_what_a_user_of_eval_gets_wrong_is_one_line(tmp_path, flags, message):
 
 
 @pytest.mark.parametrize("content, message", [
-    ('{"task": 1}\n', "line 1: no column 'completion' .it has task."), ("{\n{}\n", "line 1: not JSON"), ("", "no samples")])
+    ('{"task": 1}\n', "line 1: no column 'completion' .it has task."),
+    ("{\n{}\n", "line 1: not JSON"), ("", "no samples")])
 def test_bad_samples_files_are_named(tmp_path, content, message):
     (tmp_path / "samples.jsonl").write_text(content)
     with pytest.raises(igpo.UsageError, match=message):
@@ -286,6 +292,6 @@ def test_bad_samples_files_are_named(tmp_path, content, message):
 
 
 def test_the_command_exits_with_status_2():
-    done = subprocess.run([sys.executable, "eval.py", "--model", "./absent", "--data", "amc=absent.jsonl", "--tasks", "amc"],
-                          cwd=HERE, capture_output=True, text=True)
+    command = [sys.executable, "eval.py", "--model", "./absent", "--tasks", "amc", "--data", "amc=absent.jsonl"]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert (done.returncode, done.stderr, done.stdout) == (2, "eval.py: no data file at absent.jsonl\n", "")
