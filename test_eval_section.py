@@ -127,7 +127,7 @@ def test_one_evaluation_at_a_time_writes_to_a_folder(tmp_path):
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """A random model and files of two tasks, of which it gets some right: amc is sampled at temperature 2."""
+    """A random model, files of two tasks, and an uninterrupted evaluation by one process."""
     folder = tmp_path_factory.mktemp("eval")
     igpo.save_model(*igpo.toy_model(0), folder / "model")
     locks = igpo.toy_problems(12, 0)
@@ -179,6 +179,20 @@ def test_what_an_evaluation_leaves_behind(toy, capsys):
 
     with pytest.raises(igpo.UsageError, match="other settings: seed was 0, now it is 1"):
         evaluation.main([*flags, "--out_dir", str(folder / "whole"), "--seed", "1"])
+
+
+def test_igpo_evaluates_by_the_same_code(toy, tmp_path, monkeypatch):
+    """With a verdict that depends on every character of the completion, both have the same accuracy."""
+    folder, flags = toy
+    for module in (igpo, evaluation):
+        monkeypatch.setattr(module, "grade", lambda completion, reference: sum(completion.encode()) % 2 == 0)
+    evaluation.main([*flags, "--tasks", "gsm8k", "--out_dir", str(tmp_path)])
+    model, tokenizer = igpo.load_model(folder / "model")
+    examples = [igpo.Example(igpo.encode_prompt(tokenizer, question), answer, None)
+                for question, answer in evaluation.read_problems(f"{folder}/gsm8k.jsonl")]
+    cfg = igpo.Config(gen_length=8, diffusion_steps=8, block_length=4, rows_per_call=3)
+    accuracy = json.loads((tmp_path / "results.json").read_text())["results"]["gsm8k"]["accuracy"]
+    assert igpo.evaluate(model, tokenizer, examples, cfg) == accuracy and 0 < accuracy < 1
 
 
 def torchrun(*flags):
