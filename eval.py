@@ -122,9 +122,10 @@ def task_problems(task, source=None, limit=None):
 
 def parse_tasks(text):
     """"gsm8k,amc" -> ["gsm8k", "amc"]"""
-    tasks = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not tasks or (unknown := [task for task in tasks if task not in TASKS]):
-        raise UsageError(f"no task{f' {unknown[0]!r}' if tasks else ''}; there are {', '.join(TASKS)}")
+    tasks = list(dict.fromkeys(re.findall(r"[^,\s]+", text)))
+    for task in tasks or [""]:
+        if task not in TASKS:
+            raise UsageError(f"no task {task!r}; there are {', '.join(TASKS)}")
     return tasks
 
 

@@ -2,6 +2,7 @@ import dataclasses
 import importlib.metadata
 import json
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -281,7 +282,7 @@ def test_grader_timeouts_are_reported(monkeypatch):
 @pytest.mark.parametrize("flags, message", [
     (["--tasks", "gsm8k"], "no model; give --model"),
     (["--model", "m", "--tasks", "gsm8k,aime"], "no task 'aime'; there are gsm8k, math500, amc, minerva"),
-    (["--model", "m", "--tasks", ","], "no task; there are"),
+    (["--model", "m", "--tasks", ","], "no task ''; there are"),
     (["--model", "m", "--data", "math=a.jsonl"], "--data takes TASK=FILE, TASK being one of .* not 'math'"),
     (["--model", "m", "--tasks", "amc", "--data", "amc=absent.jsonl"], "no data file at absent.jsonl"),
     (["--model", "m", "--gen_length", "100"], "--gen_length 100 is not divisible by --block_length 32"),
@@ -305,7 +306,9 @@ def test_bad_samples_files_are_named(tmp_path, content, message):
         evaluation.main(["--rescore", str(tmp_path / "samples.jsonl")])
 
 
-def test_the_command_exits_with_status_2():
-    command = [sys.executable, "eval.py", "--model", "./absent", "--tasks", "amc", "--data", "amc=absent.jsonl"]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    assert (done.returncode, done.stderr, done.stdout) == (2, "eval.py: no data file at absent.jsonl\n", "")
+def test_the_command_exits_with_status_2(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", "./absent", "--tasks", "amc", "--data", "amc=absent.jsonl"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(HERE / "eval.py"), run_name="__main__")
+    assert end.value.code == 2
+    assert capsys.readouterr() == ("", "eval.py: no data file at absent.jsonl\n")
