@@ -844,8 +844,10 @@ INSTRUCTION = ("Solve the problem step by step. First write your reasoning betwe
                "the final answer, as \\boxed{...}, between <answer> and </answer>.")
 
 
-def read_rows(source, columns, split="train"):
-    """Rows of a local .json or .jsonl file, or of a hub data set, as dicts that have at least the given columns."""
+def read_rows(source, columns, split="train", subset=None):
+    """Rows of a local .json or .jsonl file, or of a hub data set, as dicts that have at least the given columns.
+
+    A column "a|b" is there if a or b is."""
     path = Path(source)
     if path.suffix in (".json", ".jsonl") or path.exists():
         if not path.is_file():
@@ -865,13 +867,13 @@ def read_rows(source, columns, split="train"):
     else:
         import datasets  # slow to import, and needed here alone
         try:
-            rows = list(datasets.load_dataset(str(source), split=split))
+            rows = list(datasets.load_dataset(str(source), subset, split=split))
         except Exception as error:
             raise UsageError(f"cannot load the data set {source} ({type(error).__name__}); give a local .jsonl file") from error
     if not rows:
         raise UsageError(f"{source} holds no rows")
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or (absent := [c for c in columns if c not in row]):
+        if not isinstance(row, dict) or (absent := [c for c in columns if not row.keys() & c.split("|")]):
             have = ", ".join(row) if isinstance(row, dict) else "no columns at all"
             raise UsageError(f"{source}, row {number}: no column {absent[0] if isinstance(row, dict) else columns[0]!r} (it has {have})")
     return rows
@@ -990,9 +992,9 @@ def setup():
     local_rank, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank)
-    if "RANK" in os.environ:
+    if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
-    elif cuda:
+    elif cuda and not dist.is_initialized():
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 
@@ -1257,10 +1259,12 @@ def add_trace_noise(examples, share, generator):
     return [e if e.trace is None else e._replace(trace=noisy(e.trace)) for e in examples]
 
 
-def answer_examples(model, tokenizer, examples, *, batch_size, samples=1, seed=0, **sampling):
-    """Sample completions for examples, in order: yields (example index, sample index, text, number of tokens)."""
+def answer_examples(model, tokenizer, examples, *, batch_size, jobs=None, seed=0, **sampling):
+    """Sample completions: yields (example index, sample index, text, number of tokens) for each job, in order.
+
+    jobs: the (example index, sample index) pairs to do, each with its own random numbers; default: each example once."""
     device, end_ids = next(model.parameters()).device, model.config.eos_token_id
-    jobs = [(i, s) for i in range(len(examples)) for s in range(samples)]
+    jobs = [(i, 0) for i in range(len(examples))] if jobs is None else jobs
     for at in range(0, len(jobs), batch_size):
         part = jobs[at: at + batch_size]
         prompts, prompt_mask = pad_left([examples[i].prompt for i, _ in part], model.config.pad_token_id, device)
@@ -1650,7 +1654,7 @@ def main(argv=None):
 
 class Parser(transformers.HfArgumentParser):
     def error(self, message):  # argparse would print the usage of all flags first
-        raise UsageError(f"{message}; python igpo.py --help lists the flags")
+        raise UsageError(f"{message}; python {self.prog} --help lists the flags")
 
 
 def parse(argv=None):
