@@ -755,6 +755,31 @@ def token_logps(model, canvas, attention, where, tokens, chunk=2**26):
         del model.lm_head.forward  # the class's own shows again
 
 
+def flops(config, rows, length, head_tokens, queries=None, backward=False):
+    """Floating-point operations of a forward pass over `rows` rows of `length` tokens, padding included.
+
+    A multiply-add is 2. With D the width, H query heads of size d, H_kv key/value heads, M the MLP's width, V words, n
+    layers and T = `length`, a token costs n * (2 D H d * 2 [query, output] + 2 D H_kv d * 2 [key, value]
+    + 2 H d T * 2 [scores, weighted sum: no causal mask, so all T] + 2 D M * 3 [gate, up, down]), and each of the
+    `head_tokens` positions a row 2 D V. queries: the tokens a row that are computed where the rest is cached. A
+    backward pass costs twice its forward; what gradient checkpointing computes again does not count, by convention."""
+    D, M, n, H = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads
+    d = getattr(config, "head_dim", None) or D // H
+    token = n * (4 * D * H * d + 4 * D * config.num_key_value_heads * d + 4 * H * d * length + 6 * D * M)
+    forward = rows * ((length if queries is None else queries) * token + head_tokens * 2 * D * config.vocab_size)
+    return forward * 3 if backward else forward
+
+
+# Dense bf16 FLOP/s by the data sheets (without sparsity). The first name that is a word of the device's name holds.
+GPU_PEAK = {"B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+            "H800": 989e12, "H20": 148e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "MI300X": 1307e12}
+
+
+def peak_flops(device_name):
+    """bf16 FLOP/s of the GPU that torch.cuda.get_device_name() names, or None where it is not known."""
+    return next((peak for name, peak in GPU_PEAK.items() if re.search(rf"\b{name}\b", device_name)), None)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. The IGPO objective.
 

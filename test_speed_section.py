@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+from transformers import LlamaConfig, Qwen2ForCausalLM
 
 import igpo
 from test_igpo import END, MASK, V, random_prompts, tiny_model
@@ -229,7 +229,7 @@ def sharded_worker(rank, folder, kinds):
 
 
 def test_log_probabilities_in_chunks_on_two_processes(tmp_path):
-    torch.multiprocessing.spawn(sharded_worker, (tmp_path, list(MODELS)), nprocs=2)
+    torch.multiprocessing.start_processes(sharded_worker, (tmp_path, list(MODELS)), nprocs=2, start_method="fork")
     for kind in MODELS:
         model = MODELS[kind]()
         want = [logps_gradient(model, unchunked_logps, rank) for rank in (0, 1)]
@@ -239,3 +239,69 @@ def test_log_probabilities_in_chunks_on_two_processes(tmp_path):
             assert_close(gradient, mean)
             assert_close(again, mean)
             assert torch.allclose(logps, want[rank][1], atol=1e-4) and torch.allclose(entropy, want[rank][2], atol=1e-4)
+
+
+def test_flops_on_a_hand_count():
+    config = tiny_model(num_key_value_heads=2).config  # D 32, 4 heads of 8, 2 key/value heads, MLP 48, V 24, 2 layers
+    layer = 10 * 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48)  # query, key and value, output, MLP; 10 tokens
+    scores = 2 * 4 * (10 * 10 * 8) * 2  # 4 heads, each a (10, 8) x (8, 10) and a (10, 10) x (10, 8) product
+    assert igpo.flops(config, 3, 10, 6) == 3 * (2 * (layer + scores) + 6 * 2 * 32 * 24)
+    assert igpo.flops(config, 3, 10, 6, backward=True) == 3 * igpo.flops(config, 3, 10, 6)
+    assert igpo.flops(config, 3, 10, 6, queries=5) == 3 * ((layer + scores) + 6 * 2 * 32 * 24)  # half of the tokens
+    llada = LlamaConfig(hidden_size=4096, intermediate_size=12288, num_hidden_layers=32, num_attention_heads=32, vocab_size=126464)
+    assert igpo.flops(llada, 1, 1, 1) == pytest.approx(2 * 7.5e9, rel=0.01)  # 8.0e9 parameters less the 0.5e9 of the embedding
+
+
+def test_flops_are_what_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+    model = tiny_model()
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        igpo.logits_at(model, random_prompts(3, 10), None, torch.arange(4, 10))
+    counted = counter.get_total_flops()
+    rotary = counted - igpo.flops(model.config, 3, 10, 6)
+    assert 0 <= rotary < 0.01 * counted  # the rotary angles are a small matrix product as well
+
+
+@pytest.mark.parametrize("name, peak", [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12),
+                                        ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA B200", 2250e12), ("NVIDIA RTX A1000", None)])
+def test_peak_flops(name, peak):
+    assert igpo.peak_flops(name) == peak
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The speed table
+
+
+def test_speed_table():
+    from speed_section import speed_table
+    model = tiny_model(2)
+    table = {row["variant"]: row for row in speed_table(model, rows=2, prompt_length=5, gen_length=8, block_length=4, steps=4)}
+    assert list(table) == ["bare forwards", "exact", "cache", "threshold", "cache + threshold"]
+    assert table["bare forwards"]["forwards"] == table["exact"]["forwards"] == table["cache"]["forwards"] == 4
+    assert table["exact"]["equal"] == 1 and table["bare forwards"]["ratio"] == 1 and 2 <= table["threshold"]["forwards"] <= 8
+    assert not model._forward_pre_hooks
+
+
+def processor_seconds(function):
+    began = time.process_time()
+    function()
+    return time.process_time() - began
+
+
+def test_the_sampler_costs_little_more_than_its_forwards_and_the_cache_far_less():
+    """Bounds far from what is measured (1.05 and 4 to 8 times), in processor time, since other work may share the machine."""
+    from speed_section import random_model
+    model = random_model(dict(hidden_size=128, intermediate_size=344, num_hidden_layers=3, num_attention_heads=4, vocab_size=2048), "cpu", torch.float32)
+    prompts, L, K, S = random_prompts(2, 96), 128, 16, 16
+    canvas = F.pad(prompts, (0, L), value=2047)
+    def bare():
+        with torch.no_grad():
+            for step in range(S):
+                igpo.logits_at(model, canvas, None, torch.arange(96, 96 + K))
+    settings = dict(gen_length=L, block_length=K, temperature=1.0)
+    runs = {"bare": bare, "exact": lambda: igpo.sample(model, prompts, steps=S, **settings),
+            "cached": lambda: igpo.sample(model, prompts, steps=4 * S, cache="block", **settings)}
+    rounds = [{name: processor_seconds(run) for name, run in runs.items()} for _ in range(4)][1:]
+    seconds = {name: statistics.median(r[name] for r in rounds) for name in runs}
+    assert seconds["exact"] < 1.6 * seconds["bare"]
+    assert seconds["cached"] < 4 * 0.8 * seconds["bare"]
