@@ -4,6 +4,8 @@ r"""Accuracy of a masked diffusion LM on GSM8K, MATH500, AMC and Minerva, by the
     torchrun --nproc_per_node=8 eval.py --model runs/RUN/final            the same results, on eight GPUs
     python eval.py --model FOLDER --tasks math500 --data math500=math500.jsonl --limit 20      offline, a quick look
     python eval.py --rescore runs/eval-NAME/samples.jsonl                 grade again what is stored, without a model
+    python eval.py --speed --model FOLDER                                 what the sampler's variants cost on this machine
+    python eval.py --proof runs/proof                                     IGPO against GRPO and others in the toy world
 
 The protocol is the paper's: one greedy answer a problem, for AMC the mean over 16 answers at temperature 0.1 (avg@16).
 
@@ -41,7 +43,9 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import igpo
 from igpo import Example, Parser, UsageError, answer_examples, barrier, committed_answer, encode_prompt, flag, grade
@@ -77,6 +81,13 @@ class Config:
     samples: int = flag(1, "answers to a problem of gsm8k, math500 and minerva")
     amc_temperature: float = flag(0.1, "of amc")
     amc_samples: int = flag(16, "answers to a problem of amc")
+    cache: Literal["none", "block"] = flag("none", "block: the approximate sampler that caches what is outside the block")
+    threshold: float | None = flag(None, "approximate: fill in at once what is more confident than this, e.g. 0.9")
+    # other work
+    speed: bool = flag(False, "time the sampler; --model is a folder, a hub name, random (small) or random-8b (LLaDA's shape)")
+    proof: str | None = flag(None, "folder in which to compare the algorithms in the toy world")
+    seeds: int = flag(3, "seeds of --proof")
+    variants: str = flag("igpo,grpo,resample", "algorithms of --proof: also full_hints, no_filter, noisy_traces, no_sft")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,6 +353,200 @@ def rescore(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# --speed: what the sampler costs on this machine, beside the bare forward passes that it contains.
+
+SMALL = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=8, vocab_size=8192)
+LLADA_8B = dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=32, num_attention_heads=32, vocab_size=126464,
+                max_position_embeddings=4096)
+
+
+def random_model(shape, device, dtype):
+    """A model of a given shape with random weights, made on the device itself: nothing is downloaded or copied."""
+    config = LlamaConfig(**shape, is_causal=False, mask_token_id=shape["vocab_size"] - 1, bos_token_id=None,
+                         eos_token_id=[shape["vocab_size"] - 2], pad_token_id=shape["vocab_size"] - 2)
+    with torch.device(device):
+        return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+
+
+def matrix_peak(device, size=8192):
+    """FLOP/s that this GPU reaches on one large bf16 matrix product: the practical ceiling of everything else."""
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    for repeats in (3, 20):  # the first time to warm up
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(repeats):
+            a @ a
+        torch.cuda.synchronize()
+    return repeats * 2 * size ** 3 / (time.perf_counter() - began)
+
+
+@torch.no_grad()
+def speed_table(model, *, rows=8, prompt_length=64, gen_length=256, block_length=32, steps=128, temperature=0.0,
+                threshold=0.9, repeats=1, prompts=None):
+    """Time the sampler's variants on the model's device -> a list of dicts, one a variant, the bare forwards first.
+
+    seconds: the fastest of `repeats` runs, taken in turns after a warm-up. tokens_per_second: completion tokens, all
+    gen_length of each row. ratio: seconds over those of the bare forwards, `steps` of them with the head at one block.
+    flops: achieved FLOP/s. equal: share of tokens equal to the exact sampler's; on random weights it says little."""
+    device, config = next(model.parameters()).device, model.config
+    if prompts is None:
+        prompts = torch.randint(0, min(config.vocab_size, config.mask_token_id), (rows, prompt_length),
+                                generator=torch.Generator().manual_seed(0)).to(device)
+    (B, P), L, K = prompts.shape, gen_length, block_length
+    canvas = F.pad(prompts, (0, L), value=config.mask_token_id)
+
+    def bare():
+        for step in range(steps):
+            start = P + step * (L // K) // steps * K
+            igpo.logits_at(model, canvas, None, torch.arange(start, start + K, device=device))
+
+    def sampler(**options):
+        return lambda: igpo.sample(model, prompts, gen_length=L, block_length=K, steps=steps, temperature=temperature,
+                                   generator=igpo.seeded("speed"), **options)
+
+    variants = {"bare forwards": bare, "exact": sampler(), "cache": sampler(cache="block"),
+                "threshold": sampler(threshold=threshold), "cache + threshold": sampler(cache="block", threshold=threshold)}
+    work = []  # one number a forward pass, its FLOPs
+    hook = model.register_forward_pre_hook(with_kwargs=True, hook=lambda model, args, kwargs: work.append(
+        igpo.flops(config, B, P + L, K, queries=kwargs["input_ids"].shape[1])))
+    table, outputs = {}, {}
+    try:
+        for function in (variants["cache"], variants["exact"]):  # warm up
+            function()
+        for _ in range(repeats):
+            for name, function in variants.items():
+                work.clear()
+                wait(device)
+                began = time.perf_counter()
+                outputs[name] = function()
+                wait(device)
+                seconds = min(time.perf_counter() - began, table.get(name, {}).get("seconds", float("inf")))
+                table[name] = dict(variant=name, seconds=seconds, tokens_per_second=B * L / seconds, forwards=len(work),
+                                   flops=sum(work) / seconds)
+    finally:
+        hook.remove()
+    for name, row in table.items():
+        row["ratio"] = row["seconds"] / table["bare forwards"]["seconds"]
+        row["equal"] = None if name == "bare forwards" else (outputs[name] == outputs["exact"]).float().mean().item()
+    return list(table.values())
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def print_speed(model, **settings):
+    """speed_table as Markdown, with the device's name: what the README shows."""
+    device = next(model.parameters()).device
+    table = speed_table(model, **settings)
+    name, peak = f"CPU, {torch.get_num_threads()} thread(s)", None
+    if device.type == "cuda":
+        name, peak, measured = torch.cuda.get_device_name(device), None, matrix_peak(device)
+        peak = igpo.peak_flops(name)
+        name += f", {measured / 1e12:.0f} TFLOP/s measured on a bf16 matrix product" + (f", {peak / 1e12:.0f} by data sheet" if peak else "")
+    print(f"{name}\n\n| | seconds | tokens/s | forwards | x bare | TFLOP/s |{' of measured peak |' if peak else ''} equal tokens |")
+    print("|---|" + "---|" * (7 if peak else 6))
+    for r in table:
+        equal = "" if r["equal"] is None else f"{r['equal']:.1%}"
+        share = f" {r['flops'] / measured:.0%} |" if peak else ""
+        print(f"| {r['variant']} | {r['seconds']:.2f} | {r['tokens_per_second']:.1f} | {r['forwards']} | {r['ratio']:.2f} | "
+              f"{r['flops'] / 1e12:.3g} |{share} {equal} |")
+
+
+def speed(cfg):
+    device, random_shapes = setup(), {"random": SMALL, "random-8b": LLADA_8B}
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if cfg.model in random_shapes:
+        model = random_model(random_shapes[cfg.model], device, dtype)
+    else:
+        model, _ = load_model(cfg.model, dtype=dtype, device=device)
+    print_speed(model, rows=cfg.batch_size, gen_length=cfg.gen_length, block_length=cfg.block_length, steps=cfg.diffusion_steps,
+                temperature=cfg.temperature, threshold=cfg.threshold or 0.9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The proof in miniature: the toy world under several algorithms, from the same SFT checkpoint of each seed.
+
+VARIANTS = {
+    "igpo": [], "grpo": ["--algo", "grpo"], "resample": ["--algo", "resample"],
+    "full_hints": ["--eta_low", "1", "--eta_high", "1"], "no_filter": ["--tau", "1"], "noisy_traces": ["--trace_noise", "0.3"],
+    "no_sft": [],  # from the random start
+}
+
+
+def parse_variants(text):
+    """"igpo,grpo" -> ["igpo", "grpo"]"""
+    variants = list(dict.fromkeys(re.findall(r"[^,\s]+", text)))
+    for variant in variants or [""]:
+        if variant not in VARIANTS:
+            raise UsageError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}")
+    return variants
+
+
+def run_variants(out, seeds, variants):
+    """Train each variant with each seed in the toy world; a finished run is not run again. -> {variant: [log, ...]}"""
+    logs = {variant: [] for variant in variants}
+    for seed in range(seeds):
+        common = ["--preset", "toy", "--seed", str(seed), "--show_every", "0", "--save_every", "0", "--overwrite"]
+        sft = out / f"sft-{seed}"
+        if not (sft / "summary.json").exists():
+            igpo.main([*common, "--stage", "sft", "--out_dir", str(sft)])
+        for variant in variants:
+            folder, model = out / f"{variant}-{seed}", sft / ("start" if variant == "no_sft" else "sft")
+            if not (folder / "summary.json").exists():
+                print(f"\n{variant}, seed {seed}")
+                igpo.main([*common, "--stage", "rl", "--model", str(model), "--eval_every", "10", *VARIANTS[variant],
+                           "--out_dir", str(folder)])
+            logs[variant].append(igpo.read_log(folder))
+    return logs
+
+
+def mean_and_error(values):
+    """Mean and standard error over seeds."""
+    mean = sum(values) / len(values)
+    spread = sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)
+    return mean, (spread / len(values)) ** 0.5
+
+
+def accuracy_curve(log):
+    """Held-out accuracy at step 0, 10, 20, ... of one run."""
+    ends = {line["stage"]: line for line in log}["eval"]["accuracy_final"]
+    return [log[0]["accuracy_start"], *(line["eval_accuracy"] for line in log if "eval_accuracy" in line), ends]
+
+
+def all_wrong_curve(log, every=10):
+    """Share of groups that are all wrong before hints, means over ten steps each."""
+    values = [line["all_wrong"] for line in log if line["stage"] == "rl"]
+    return [sum(values[at: at + every]) / every for at in range(0, len(values), every)]
+
+
+def proof(out, seeds, variants):
+    """Run the comparison and write out/proof.md: a table, and curves in a form that GitHub draws."""
+    out.mkdir(parents=True, exist_ok=True)
+    logs = run_variants(out, seeds, variants)
+    lines = ["| variant | accuracy before RL | final accuracy | all wrong before hints | after hints | all wrong, last 20 steps |",
+             "|---|---|---|---|---|---|"]
+    for variant, runs in logs.items():
+        rl = [[line for line in run if line["stage"] == "rl"] for run in runs]
+        columns = [
+            [accuracy_curve(run)[0] for run in runs], [accuracy_curve(run)[-1] for run in runs],
+            [sum(line["all_wrong"] for line in r) / len(r) for r in rl],
+            [sum(line["all_wrong_after"] for line in r) / len(r) for r in rl],
+            [sum(line["all_wrong"] for line in r[-20:]) / 20 for r in rl]]
+        lines.append(f"| {variant} | " + " | ".join("{:.3f} ± {:.3f}".format(*mean_and_error(c)) for c in columns) + " |")
+    lines += ["", f"Means ± standard errors over {seeds} seeds."]
+    for title, curve in ("held-out accuracy", accuracy_curve), ("groups that are all wrong, before hints", all_wrong_curve):
+        curves = {variant: [curve(run) for run in logs[variant]] for variant in variants[:3]}
+        steps = range(0, 10 * len(next(iter(curves.values()))[0]), 10)
+        lines += ["", "```mermaid", "xychart-beta", f'    title "{title}: {", ".join(curves)}"',
+                  f'    x-axis "RL step" [{", ".join(map(str, steps))}]', '    y-axis "share" 0 --> 1',
+                  *("    line [" + ", ".join(f"{sum(v) / len(v):.3f}" for v in zip(*c)) + "]" for c in curves.values()), "```"]
+    (out / "proof.md").write_text("\n".join(lines) + "\n")
+    print("\n" + "\n".join(lines))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
@@ -366,7 +571,11 @@ def main(argv=None):
     cfg = Config(**vars(Parser(Config, allow_abbrev=False).parse_args(argv)))
     if cfg.rescore:
         return rescore(cfg.rescore)
+    if cfg.proof:
+        return proof(Path(cfg.proof), cfg.seeds, parse_variants(cfg.variants))
     check(cfg)
+    if cfg.speed:
+        return speed(cfg)
     tasks, sources = parse_tasks(cfg.tasks), parse_data(cfg.data)
     device = setup()
     found = {task: task_problems(task, sources.get(task), cfg.limit) for task in tasks}
@@ -375,7 +584,7 @@ def main(argv=None):
         "tasks": tasks, "dtype": dtype, "data": {task: source for task, (source, _) in found.items()},
         "problems": {task: len(problems) for task, (_, problems) in found.items()},
         "problems_checksum": zlib.crc32(repr(found).encode())}
-    for name in ("out_dir", "overwrite", "rescore"):  # say nothing about the samples
+    for name in ("out_dir", "overwrite", "rescore", "speed", "proof", "seeds", "variants"):  # say nothing about the samples
         del settings[name]
     out = Path(cfg.out_dir or "runs/eval-" + re.sub(r"[^\w.-]+", "-", cfg.model).strip("-."))
     with locked(out):
@@ -416,6 +625,7 @@ def evaluate(cfg, settings, problems, out, device):
         model, tokenizer, examples, batches, done,
         out / ("samples.jsonl" if rank() == 0 else f"samples.rank_{rank()}.jsonl"), seed=cfg.seed,
         sampling={task: dict(gen_length=cfg.gen_length, block_length=cfg.block_length, steps=cfg.diffusion_steps,
+                             cache=None if cfg.cache == "none" else cfg.cache, threshold=cfg.threshold,
                              temperature=temperature) for task, (_, temperature) in protocol.items()})
 
     if everyone is not None:

@@ -71,7 +71,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, Qwen3ForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -231,6 +231,15 @@ def merged_weights(model):
 
 
 @contextlib.contextmanager
+def counted_forwards(model):
+    """A list that gets (rows, tokens a row) of every forward pass of the model in this context."""
+    passes = []
+    hook = model.register_forward_pre_hook(with_kwargs=True, hook=lambda _, args, kwargs: passes.append(tuple(kwargs["input_ids"].shape)))
+    yield passes
+    hook.remove()
+
+
+@contextlib.contextmanager
 def adapters_off(model):
     """Without its adapters a LoRA policy is the initial policy, so the KL needs no second model."""
     model.disable_adapters()
@@ -271,7 +280,7 @@ def counted_tokens(completions, end_ids):
 
 @torch.no_grad()
 def sample(model, prompts, *, gen_length, block_length, steps, temperature=0.0, hints=None, prompt_mask=None,
-           generator=None, stop_early=False, cache=None, threshold=None):
+           generator=None, stop_early=False, cache=None, threshold=None, watch=None):
     """Fill in the masks of [prompt ; completion] and return the completions, (B, L) token ids without a mask id.
 
     prompts (B, P) ids, left-padded where prompt_mask (B, P) is 0. hints (B, L): a token id where fixed, the mask id
@@ -284,6 +293,8 @@ def sample(model, prompts, *, gen_length, block_length, steps, temperature=0.0, 
     cache="block": what lies outside the current block is computed in the block's first step only (see BlockLayer).
     threshold: a probability. In place of the schedule of `steps`, which is then not used, each step fills in one
     position a row, the most confident, and every other one more confident than that; a finished block ends at once.
+
+    watch: called after each step with the (B, L) completions as they then are, masks included.
 
     At temperature 0 this gives token for token what LLaDA's published sampler gives. Above 0 it draws from the same
     distribution with one uniform number a position, where Gumbel noise takes one for every word of the vocabulary."""
@@ -322,6 +333,9 @@ def sample(model, prompts, *, gen_length, block_length, steps, temperature=0.0, 
             if threshold is not None:
                 chosen |= confidence.exp() > threshold
             x[:, positions] = torch.where(chosen, tokens, x[:, positions])
+            if watch:
+                canvas[rows] = x
+                watch(canvas[:, P:])
         canvas[rows] = x
         if stop_early:
             rows = rows[~ended(x[:, P: P + (block + 1) * K], model.config.eos_token_id).any(1)]
@@ -917,6 +931,98 @@ def metamath_problems(source):
     return list(problems.values())
 
 
+REWRITE = """Rewrite the solution below so that it is concise, structured and mathematically rigorous: only the steps that lead
+to the answer, each stated once, without reflection, doubts, detours or repetition. Use exactly this form:
+
+<reasoning>
+(the steps)
+</reasoning>
+<answer>
+\\boxed{{(the final answer)}}
+</answer>
+
+Problem:
+{problem}
+
+Solution:
+{solution}"""
+
+
+def rewrite_verdict(text, answer, length, max_tokens):
+    """Whether a rewritten trace is "kept", and if not, why: it must be short, in the RL format, and right."""
+    if length > max_tokens:
+        return "too long"
+    if format_score(text) < 1:
+        return "bad format"
+    return "kept" if grade(text, answer) else "wrong answer"
+
+
+def rewrite_traces(rows, rewrite, tokenizer, part, *, max_tokens, batch_size, done=()):
+    """Rewrite the solutions of this process's rows, appending a line a row to the file `part`. -> tokens written
+
+    rows: (index, row) pairs with columns problem, answer, and solution or generations (a list). rewrite: list of requests
+    -> list of texts. tokenizer: the policy's, in whose tokens the length is measured. done: indices to leave out."""
+    rows, tokens = [(i, row) for i, row in rows if i not in done], 0
+    bar = tqdm(total=len(rows), desc="rewriting", unit=" traces", disable=rank() > 0, mininterval=1)
+    with open(part, "a") as file:
+        file.write("\n")  # ends a line that a kill left half-written
+        for at in range(0, len(rows), batch_size):
+            batch = rows[at: at + batch_size]
+            solutions = [row.get("solution") or row["generations"][0] for _, row in batch]
+            began = time.time()
+            texts = rewrite([REWRITE.format(problem=row["problem"], solution=s) for (_, row), s in zip(batch, solutions)])
+            lengths = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+            for (i, row), text, length in zip(batch, texts, lengths):
+                verdict = rewrite_verdict(text.strip(), str(row["answer"]), length, max_tokens)
+                file.write(json.dumps({"row": i, "verdict": verdict, "prompt": row["problem"], "completion": text.strip()}) + "\n")
+            file.flush()
+            tokens += sum(lengths)
+            bar.set_postfix(tokens_per_second=f"{world() * sum(lengths) / (time.time() - began):.0f}", refresh=False)
+            bar.update(len(batch))
+    return tokens
+
+
+def collect_traces(out):
+    """The parts that the processes wrote -> (rows kept, counts by verdict). A line that a kill left half-written is none."""
+    lines = []
+    for part in sorted(out.glob("rewritten.*.jsonl")):
+        for line in part.read_text().split("\n"):
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+    lines = {line["row"]: line for line in lines if isinstance(line, dict)}
+    counts = {}
+    for line in lines.values():
+        counts[line["verdict"]] = counts.get(line["verdict"], 0) + 1
+    kept = [{"prompt": line["prompt"], "completion": line["completion"]} for _, line in sorted(lines.items()) if line["verdict"] == "kept"]
+    return kept, counts, lines.keys()
+
+
+def load_rewriter(name, device, max_new_tokens):
+    """An instruction-tuned causal LM as a function: list of requests -> list of answers, greedy. A single process spreads
+    a model over all its GPUs (which needs pip install accelerate); under torchrun each process holds a whole one."""
+    spread = {"device_map": "auto"} if device.type == "cuda" and world() == 1 else {}
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **spread).eval()
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(f"--rewriter {name} cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+    if not spread:
+        model.to(device)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+
+    @torch.no_grad()
+    def rewrite(requests):
+        if tokenizer.chat_template is not None:
+            requests = [tokenizer.apply_chat_template([{"role": "user", "content": request}], add_generation_prompt=True,
+                                                      tokenize=False) for request in requests]
+        inputs = tokenizer(requests, return_tensors="pt", padding=True, add_special_tokens=tokenizer.chat_template is None)
+        inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        written = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        return tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+    return rewrite
+
+
 def encode_prompt(tokenizer, question):
     """Token ids of a question, inside the model's chat template and with the format asked for where it has one."""
     if tokenizer.chat_template is not None:
@@ -1189,7 +1295,8 @@ def flag(default, help):
 class Config:
     """Every setting, every one a flag. The defaults are the preset `llada`: the released runs' for LLaDA-8B-Instruct."""
     preset: str = flag("llada", "defaults for all that follows: llada or toy")
-    stage: Literal["sft", "rl", "all"] = flag("all", "sft, rl, or all: SFT where --sft_data is given, then RL")
+    stage: Literal["rewrite", "sft", "rl", "all"] = flag(
+        "all", "all: rewriting where --rewrite_data is given, SFT where there are SFT examples, then RL")
     algo: Literal["igpo", "grpo", "resample"] = flag("igpo", "resample: GRPO with the samples that IGPO spends, drawn without hints")
     model: str = flag("GSAI-ML/LLaDA-8B-Instruct", "model folder or hub name; toy: a small one made on the spot")
     train_data: str = flag("meta-math/MetaMathQA", "RL problems: MetaMathQA, or a .json/.jsonl file with its columns; or toy")
@@ -1242,10 +1349,16 @@ class Config:
     sft_length: int = flag(1024, "completion length in SFT, tokens; longer examples are left out")
     sft_lr: float = flag(1e-5, "SFT learning rate, linear to zero after its warm-up")
     sft_max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm")
+    # rewriting traces for SFT
+    rewrite_data: str | None = flag(None, "columns problem, answer, and solution or generations; --stage rewrite: OpenR1-Math-220k")
+    rewriter: str = flag("meta-llama/Llama-4-Maverick-17B-128E-Instruct", "instruction-tuned causal LM, folder or hub name")
+    rewrite_max_tokens: int = flag(1024, "longest trace that is kept, tokens of the policy")
+    rewrite_batch: int = flag(16, "traces rewritten in one batch")
     # evaluation and reports
     eval_size: int = flag(256, "held-out problems, answered greedily before and after")
     eval_every: int = flag(0, "RL steps between evaluations; 0: only before and after")
     show_every: int = flag(25, "RL steps between groups shown as text; 0: never")
+    show: bool = flag(False, "in a terminal, also show such a response being inpainted step by step")
     save_every: int = flag(50, "steps between checkpoints that --resume continues from; 0: never")
     keep: int = flag(2, "checkpoints kept")
     wandb: str | None = flag(None, "project to send the lines of metrics.jsonl to (needs pip install wandb)")
@@ -1255,7 +1368,7 @@ PRESETS = {"llada": {}, "toy": dict(
     model="toy", train_data="toy", sft_data="toy", eval_data="toy", gen_length=16, diffusion_steps=8, block_length=8,
     rows_per_call=512, prompts_per_step=16, eta_low=0.4, eta_high=0.66, min_chunk=1, max_chunk=1, reward_correct=1.0,
     reward_format=0.0, beta=0.03, max_steps=120, lr=1e-4, lr_decay=True, warmup_steps=20, prompts_per_forward=16,
-    gradient_checkpointing=False, sft_steps=500, sft_batch=128, sft_rows_per_forward=128, sft_length=16, sft_lr=3e-3,
+    gradient_checkpointing=False, sft_steps=600, sft_batch=128, sft_rows_per_forward=128, sft_length=16, sft_lr=3e-3, show=True,
 )}
 
 
@@ -1410,7 +1523,7 @@ def train_sft(model, tokenizer, rows, cfg, device, out):
                 completions = torch.tensor([c + [pad] * (cfg.sft_length - len(c)) for _, c in part], device=device)
                 yield sft_loss(model, prompts, completions, prompt_mask=prompt_mask, generator=generator)
 
-        count = len(mine) // cfg.sft_rows_per_forward
+        count = math.ceil(len(mine) / cfg.sft_rows_per_forward)
         metrics = mean_across_ranks(update(model, optimizer, losses(), count, cfg.sft_max_grad_norm), device)
         skipped = skipped + 1 if metrics["skipped"] else 0
         give_up(skipped)
@@ -1454,7 +1567,7 @@ def train_rl(policy, reference, tokenizer, examples, held_out, cfg, device, out)
             return zip(*(t.split(cfg.prompts_per_forward) for t in tensors))
 
         policy.eval()
-        with gathered(policy):
+        with gathered(policy), counted_forwards(policy) as passes:
             roll = rollout(draw, is_correct, [e.trace for e in batch], generators, algo=cfg.algo, lam=cfg.lam,
                            eta=(cfg.eta_low, cfg.eta_high), chunk=(cfg.min_chunk, cfg.max_chunk), mask_id=config.mask_token_id)
         rollout_seconds = time.time() - began
@@ -1483,7 +1596,7 @@ def train_rl(policy, reference, tokenizer, examples, held_out, cfg, device, out)
             losses = (policy_loss(completion_logps(policy, q, o, prompt_mask=m)[0], old, ref, A, learn,
                                   epsilon=cfg.epsilon, beta=cfg.beta, ratio=cfg.ratio)
                       for q, m, o, old, ref, A, learn in everything)
-            updates.append(update(policy, optimizer, losses, N // cfg.prompts_per_forward, cfg.max_grad_norm))
+            updates.append(update(policy, optimizer, losses, math.ceil(N / cfg.prompts_per_forward), cfg.max_grad_norm))
             skipped = skipped + 1 if updates[-1]["skipped"] else 0
             give_up(skipped)
 
@@ -1501,16 +1614,24 @@ def train_rl(policy, reference, tokenizer, examples, held_out, cfg, device, out)
             "entropy": (entropy[:, None] * own).sum().item() / own.sum().item(),
             "completion_length": own.sum().item() / N / G,
             **{name: sum(u[name] for u in updates) / cfg.mu for name in updates[0]},
-            "tokens_per_second": world() * tokens / rollout_seconds,
+            "tokens_per_second": world() * tokens / rollout_seconds, "forwards": len(passes),
+            "flops_rollout": sum(flops(config, rows, length, cfg.block_length) for rows, length in passes) / rollout_seconds,
+            "flops_update": cfg.mu * flops(config, N, prompts.shape[1] + L, L, backward=True) / (seconds - rollout_seconds),
             "seconds": seconds, "seconds_rollout": rollout_seconds, "seconds_update": seconds - rollout_seconds,
         }, device)
         metrics["rescued"] = 1 - metrics["all_wrong_after"] / metrics["all_wrong"] if metrics["all_wrong"] else 0.0
+        if device.type == "cuda" and (peak := peak_flops(torch.cuda.get_device_name())):
+            metrics["peak_share_rollout"] = metrics["flops_rollout"] / peak
         metrics["lr"] = optimizer.param_groups[0]["lr"]
         print0("RL {:>{w}}/{}  accuracy {accuracy:.2f} -> {accuracy_after:.2f}  all wrong {all_wrong:.2f} -> {all_wrong_after:.2f}"
                "  kl {kl:.4f}  length {completion_length:.0f}  {seconds:.1f} s".format(
                    step + 1, cfg.max_steps, w=len(str(cfg.max_steps)), **metrics))
         if cfg.show_every and step % cfg.show_every == 0:
             print0(show_group(tokenizer, roll, learning, config))
+            if cfg.show and sys.stdout.isatty() and world() == 1 and rescued_response(roll):
+                n, g = rescued_response(roll)
+                hint = torch.where(roll.hinted[n, g], roll.completions[n, g], config.mask_token_id)
+                show_denoising(policy, tokenizer, prompts[n][prompt_mask[n]], hint, learning[n, g], sampling)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.max_steps:
             metrics["eval_accuracy"] = evaluate(policy, tokenizer, held_out, cfg)
             print0(f"  held-out accuracy {metrics['eval_accuracy']:.3f}")
@@ -1520,47 +1641,81 @@ def train_rl(policy, reference, tokenizer, examples, held_out, cfg, device, out)
     policy.eval()
 
 
-def show_group(tokenizer, roll, learning, config, masked="_"):
+def rescued_response(roll):
+    """(n, g) of the first response that was inpainted around a hint, or None."""
+    return next(((n, g) for n, g in roll.replaced.nonzero().tolist() if roll.hinted[n, g].any()), None)
+
+
+def show_group(tokenizer, roll, learning, config):
     """One rescued group as text: a wrong response, the hint, what was inpainted around it, and which hint tokens learn."""
-    rescued = [(n, g) for n, g in roll.replaced.nonzero().tolist() if roll.hinted[n, g].any()]
-    if not rescued:
+    if rescued_response(roll) is None:
         return "  (no group was rescued in this step)"
-    n, g = rescued[0]
+    n, g = rescued_response(roll)
     counted = counted_tokens(roll.completions[n, g], config.eos_token_id)
-    words = [tokenizer.decode(token).replace("\n", "\\n") for token in roll.completions[n, g][counted]]
-    hint, learn = roll.hinted[n, g][counted].tolist(), learning[n, g][counted].tolist()
+    def plain(tokens):
+        return [tokenizer.decode(token).replace("\n", "\\n") for token in tokens]
+    words, hint, learn = plain(roll.completions[n, g][counted]), roll.hinted[n, g][counted].tolist(), learning[n, g][counted].tolist()
+    wrong = roll.first[n, g][counted_tokens(roll.first[n, g], config.eos_token_id)]
     return "\n".join([
-        f"  wrong      {decode(tokenizer, roll.first[n, g], config.eos_token_id)}",
-        "  hint       " + " ".join(w if h else masked * len(w) for w, h in zip(words, hint)),
+        "  wrong      " + " ".join(plain(wrong)),
+        "  hint       " + " ".join(w if h else "_" * len(w) for w, h in zip(words, hint)),
         "  inpainted  " + " ".join(words),
-        "  learns     " + " ".join(("^" if h and l else "." if h else " ") * len(w) for w, h, l in zip(words, hint, learn))
-        + "   (hint tokens: ^ learns, . does not; all others learn)"])
+        "  learns     " + " ".join(("^" if h and l else "." if h else " ") * len(w) for w, h, l in zip(words, hint, learn)).rstrip()
+        + "   (of the hint tokens ^ learn and . do not; all others learn)"])
+
+
+def show_denoising(model, tokenizer, prompt, hint, learn, sampling, seconds=0.15):
+    """Inpaint one response again, in place in a terminal: masks grey, hint tokens yellow, generated ones green, and
+    those that learn underlined. prompt (P,) without padding, hint (L,), learn (L,) bool."""
+    mask_id = model.config.mask_token_id
+
+    def paint(completions):
+        words = []
+        for token, given, learns in zip(completions[0].tolist(), (hint != mask_id).tolist(), learn.tolist()):
+            colour = "90" if token == mask_id else "33" if given else "32"
+            word = "_" if token == mask_id else tokenizer.decode([token]).replace("\n", "\\n")
+            words.append(f"\033[{colour}{';4' if learns and token != mask_id else ''}m{word}\033[0m")
+        print("\r\033[2K  " + " ".join(words), end="", flush=True)
+        time.sleep(seconds)
+
+    paint(hint[None])
+    sample(model, prompt[None], hints=hint[None], watch=paint, **sampling)
+    print()
+
+
+def check_split(total, per_forward, name, per_forward_name):
+    """A batch is the same whatever the number of processes: each takes an equal share, in equal passes."""
+    share, rest = divmod(total, world())
+    if rest:
+        divisors = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0)
+        raise UsageError(f"{name} {total} cannot be split over {world()} processes, but over {divisors}")
+    if share % min(per_forward, share):
+        divisors = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
+        raise UsageError(f"a process's share of {name} is {share}, so {per_forward_name} can be {divisors}, not {per_forward}")
 
 
 def check(cfg):
     """What can be known to be wrong before anything is loaded."""
+    blocks = cfg.gen_length // cfg.block_length
     for condition, message in [
         (cfg.gen_length % cfg.block_length == 0, f"--gen_length {cfg.gen_length} is not divisible by --block_length {cfg.block_length}"),
-        (cfg.diffusion_steps % max(cfg.gen_length // cfg.block_length, 1) == 0,
-         f"--diffusion_steps {cfg.diffusion_steps} is not divisible by the number of blocks, {cfg.gen_length // cfg.block_length}"),
+        (cfg.diffusion_steps % max(blocks, 1) == 0, f"--diffusion_steps {cfg.diffusion_steps} is not divisible by the number of blocks, {blocks}"),
         (cfg.group_size > 1, f"--group_size {cfg.group_size}: a group needs at least 2 responses to differ"),
-        (cfg.rows_per_call % cfg.group_size == 0, f"--rows_per_call {cfg.rows_per_call} is not a multiple of --group_size {cfg.group_size}"),
-        (cfg.prompts_per_step % (world() * cfg.prompts_per_forward) == 0,
-         f"--prompts_per_step {cfg.prompts_per_step} cannot be split over {world()} processes and --prompts_per_forward {cfg.prompts_per_forward}"),
-        (cfg.sft_batch % (world() * cfg.sft_rows_per_forward) == 0,
-         f"--sft_batch {cfg.sft_batch} cannot be split over {world()} processes and --sft_rows_per_forward {cfg.sft_rows_per_forward}"),
         (0 <= cfg.eta_low <= cfg.eta_high <= 1, f"--eta_low {cfg.eta_low} and --eta_high {cfg.eta_high} are not 0 <= low <= high <= 1"),
-        (0 <= cfg.tau <= 1, f"--tau {cfg.tau} is not between 0 and 1"),
-        (0 <= cfg.lam <= 1, f"--lam {cfg.lam} is not between 0 and 1"),
+        (0 <= cfg.tau <= 1 and 0 <= cfg.lam <= 1, f"--tau {cfg.tau} and --lam {cfg.lam} are shares, from 0 to 1"),
         (1 <= cfg.min_chunk <= cfg.max_chunk, f"--min_chunk {cfg.min_chunk} and --max_chunk {cfg.max_chunk} are not 1 <= min <= max"),
     ]:
         if not condition:
             raise UsageError(message)
-    if not torch.cuda.is_available() and cfg.model != "toy" and not Path(cfg.model).is_dir():
+    if cfg.stage != "sft":
+        check_split(cfg.prompts_per_step, cfg.prompts_per_forward, "--prompts_per_step", "--prompts_per_forward")
+    if cfg.sft_data and cfg.stage != "rl":
+        check_split(cfg.sft_batch, cfg.sft_rows_per_forward, "--sft_batch", "--sft_rows_per_forward")
+    if not torch.cuda.is_available() and cfg.stage != "rewrite" and cfg.model != "toy" and not Path(cfg.model).is_dir():
         raise UsageError(f"{cfg.model} needs GPUs (8 x 80 GB for the defaults); on a CPU try: python igpo.py --preset toy")
 
 
-FREE_TO_CHANGE = {"out_dir", "resume", "overwrite", "save_every", "keep", "show_every", "wandb"}  # between save and resume
+FREE_TO_CHANGE = {"out_dir", "resume", "overwrite", "save_every", "keep", "show_every", "show", "wandb"}  # between save and resume
 
 
 def open_run(cfg):
@@ -1603,6 +1758,28 @@ def load_problems(source, cfg):
     return problems[cfg.eval_size:], problems[: cfg.eval_size]
 
 
+def run_rewrite(cfg, out, device):
+    """The stage before SFT: out/traces.jsonl, with the columns that SFT reads. What was rewritten before is not done again."""
+    source = cfg.rewrite_data or "open-r1/OpenR1-Math-220k"
+    rows = list(enumerate(read_rows(source, ("problem", "answer", "solution|generations"))))
+    _, tokenizer = load_model(cfg.model, device="meta") if cfg.model != "toy" else toy_model(cfg.seed)
+    _, _, done = collect_traces(out)
+    barrier()
+    if len(done) < len(rows):
+        rewrite = load_rewriter(cfg.rewriter, device, cfg.rewrite_max_tokens + 64)
+        rewrite_traces(rows[rank():: world()], rewrite, tokenizer, out / f"rewritten.{rank()}.jsonl",
+                       max_tokens=cfg.rewrite_max_tokens, batch_size=cfg.rewrite_batch, done=done)
+    barrier()
+    if rank() == 0:
+        kept, counts, _ = collect_traces(out)
+        (out / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+        print0(f"{out / 'traces.jsonl'}: " + ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())))
+        if not kept:
+            raise UsageError(f"none of {len(rows)} rewritten traces can be used; see rewritten.*.jsonl in {out}")
+    barrier()
+    return out / "traces.jsonl"
+
+
 def main(argv=None):
     cfg = parse(argv)
     device = setup()
@@ -1613,6 +1790,11 @@ def main(argv=None):
     if cfg.wandb and rank() == 0:
         import wandb  # optional: pip install wandb
         wandb.init(project=cfg.wandb, config=dataclasses.asdict(cfg), name=out.name)
+
+    if cfg.stage == "rewrite" or cfg.stage == "all" and cfg.rewrite_data:
+        cfg.sft_data = str(run_rewrite(cfg, out, device))
+        if cfg.stage == "rewrite":
+            return
 
     # Data first: what is wrong with a file should not wait for a model to load.
     sft_rows, examples, held_out = [], [], []
@@ -1675,6 +1857,7 @@ def main(argv=None):
         summary |= {"steps": len(rl), "seconds": time.time() - began, "grade_timeouts": GRADE_TIMEOUTS}
         (out / "summary.json").write_text(json.dumps(summary, indent=2))
         print0("\n" + "\n".join(f"{name:18} {value:8.3f}" for name, value in summary.items()))
+    barrier()  # nobody leaves the group while another is in it
 
 
 class Parser(transformers.HfArgumentParser):
