@@ -278,8 +278,9 @@ def sample(model, prompts, *, gen_length, block_length, steps, temperature=0.0, 
             confidence = torch.full(tokens.shape, -math.inf, device=x.device)
             tokens[masked], confidence[masked] = choose_tokens(forward(x, seen)[masked], mask_id, temperature, u)
             # The `quota` most confident positions of each row are filled in; they and the hints never change again.
-            order = confidence.argsort(dim=1, descending=True)
-            chosen = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order, torch.arange(K, device=x.device) < quota[:, step, None])
+            order = confidence.argsort(dim=1, descending=True, stable=True)
+            first = torch.arange(K, device=x.device) < quota[:, step, None]
+            chosen = torch.zeros_like(first).scatter_(1, order, first)
             if threshold is not None:
                 chosen |= confidence.exp() > threshold
             x[:, positions] = torch.where(chosen, tokens, x[:, positions])
@@ -297,19 +298,17 @@ def choose_tokens(logits, mask_id, temperature, u):
     """(M, V) logits and (M,) uniform numbers -> (M,) tokens and (M,) confidence, their log-probabilities.
 
     The mask id is never chosen, yet confidence is measured under the model's full softmax, as in LLaDA. One table of
-    exponentials serves both the softmax and the draw."""
-    logits = logits.float()
-    top = logits.amax(-1, keepdim=True)
-    weights = logits.sub(top).exp_()  # (M, V), not normalised
-    log_total = weights.sum(-1).log() + top.squeeze(-1)
+    exponentials serves both the softmax and (at temperature 1) the draw."""
+    scores = logits.float().index_fill(-1, torch.tensor(mask_id, device=logits.device), -math.inf)  # (M, V)
+    top = scores.amax(-1, keepdim=True)
+    scores -= top
+    weights = scores.exp()
+    log_total = torch.logaddexp(weights.sum(-1).log(), logits[:, mask_id] - top.squeeze(1))  # with the mask id again
     if temperature > 0:
-        if temperature != 1:
-            torch.sub(logits, top, out=weights).div_(temperature).exp_()
-        weights[:, mask_id] = 0
-        tokens = invert_cdf(weights, u)
+        tokens = invert_cdf(weights if temperature == 1 else scores.div(temperature).exp_(), u)
     else:
-        tokens = logits.index_fill(-1, torch.tensor(mask_id, device=logits.device), -math.inf).argmax(-1)
-    return tokens, logits.gather(-1, tokens[:, None]).squeeze(1) - log_total
+        tokens = scores.argmax(-1)
+    return tokens, scores.gather(-1, tokens[:, None]).squeeze(1) - log_total
 
 
 def invert_cdf(weights, u, width=128):
@@ -361,10 +360,9 @@ def cached_logits(model, positions):
     layers = Cache(layers=[BlockLayer(slice(start, end)) for _ in range(model.config.num_hidden_layers)])
 
     def forward(x, attention):
-        first = not layers.is_initialized
-        at = 0 if first else start
-        where = torch.arange(at, x.shape[1] if first else end, device=x.device)
-        return logits_at(model, x[:, where], attention, positions - at, position_ids=where[None], past_key_values=layers)
+        at, to = (start, end) if layers.is_initialized else (0, x.shape[1])
+        return logits_at(model, x[:, at:to], attention, positions - at, past_key_values=layers,
+                         position_ids=torch.arange(at, to, device=x.device)[None])
     return forward
 
 

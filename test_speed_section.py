@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, Qwen2ForCausalLM
 
 import igpo
@@ -32,6 +33,15 @@ def test_the_draw_in_two_levels_has_the_softmax_distribution(words, temperature)
     assert torch.allclose(tokens.bincount(minlength=words) / 20000, (allowed / temperature).softmax(-1), atol=1e-3)
     assert torch.allclose(confidence, logits[0].log_softmax(-1)[tokens], atol=1e-5)
     assert not (tokens == 5).any() and tokens.max() < words - 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.1, 1.0, 2.0])
+@pytest.mark.parametrize("lead", [20.0, 1000.0])
+def test_a_mask_id_far_ahead_of_every_word_is_not_chosen(lead, temperature):
+    logits = torch.tensor([[0.0, 1.0, lead, -math.inf]]).expand(50, 4)
+    tokens, confidence = igpo.choose_tokens(logits.bfloat16(), 2, temperature, torch.linspace(0, 1 - 1e-6, 50))
+    assert set(tokens.tolist()) == ({1} if temperature == 0 else {0, 1})
+    assert torch.allclose(confidence, logits[0].log_softmax(-1)[tokens], rtol=0.01)
 
 
 def test_the_draw_is_the_cumulative_sum_at_u():
@@ -209,6 +219,27 @@ def test_log_probabilities_in_chunks_have_the_gradient_of_the_whole(kind, recomp
     loss = igpo.sft_loss(model, *group(0)[:1], group(0)[1][:, 0], generator=igpo.seeded(1))[0].item()
     monkeypatch.undo()
     assert loss == pytest.approx(igpo.sft_loss(model, *group(0)[:1], group(0)[1][:, 0], generator=igpo.seeded(1))[0].item(), rel=1e-5)
+
+
+class LargestTable(TorchDispatchMode):
+    """Sees every tensor that is made, forward and backward, and keeps the size of the largest table of 29 words."""
+    size = 0
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.dim() > 1 and t.shape[-1] == 29 and t.shape[0] != 32:  # 32: the head's weights
+                self.size = max(self.size, t.numel())
+        return out
+
+
+@pytest.mark.parametrize("chunk, size", [(2**26, 14 * 29), (3 * 29, 3 * 29)], ids=["whole", "chunks"])
+def test_no_table_of_logits_is_larger_than_a_chunk(chunk, size, monkeypatch):
+    monkeypatch.setattr(igpo.token_logps, "__defaults__", (chunk,))
+    model, (prompts, completions, mask, _) = tiny_model(1, vocab_size=29), group(0)
+    with LargestTable() as largest:
+        igpo.completion_logps(model, prompts, completions, prompt_mask=mask)[0].sum().backward()
+        igpo.sft_loss(model, prompts, completions[:, 0], generator=igpo.seeded(2))[0].backward()
+    assert largest.size == size
 
 
 def sharded_worker(rank, folder, kinds):
