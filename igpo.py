@@ -305,30 +305,11 @@ def choose_tokens(logits, mask_id, temperature, u):
     weights = scores.exp()
     log_total = torch.logaddexp(weights.sum(-1).log(), logits[:, mask_id] - top.squeeze(1))  # with the mask id again
     if temperature > 0:
-        tokens = invert_cdf(weights if temperature == 1 else scores.div(temperature).exp_(), u)
+        cdf = (weights if temperature == 1 else scores.div(temperature).exp_()).cumsum(-1)  # not normalised
+        tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)  # inverted at u
     else:
         tokens = scores.argmax(-1)
     return tokens, scores.gather(-1, tokens[:, None]).squeeze(1) - log_total
-
-
-def invert_cdf(weights, u, width=128):
-    """(M, V) weights and (M,) uniform numbers in [0, 1) -> (M,) indices, i with probability weights[i] / sum(weights).
-
-    First the run of `width` words in which u falls, then the word in it: cumulative sums of all V words would take
-    longer than the rest of a step's sampling, and lose digits where V is large."""
-    def place(w, u):  # the word (or run) whose share of the total holds u, and how far into that share u lies
-        cdf = w.cumsum(-1)
-        target = u[:, None] * cdf[:, -1:]
-        i = torch.searchsorted(cdf, target, right=True)
-        into = (target - cdf.gather(1, i)) / w.gather(1, i) + 1
-        return i.squeeze(1), into.squeeze(1).clamp(0, 1 - 1e-6)
-
-    if weights.shape[1] % width:
-        weights = F.pad(weights, (0, -weights.shape[1] % width))
-    runs = weights.unflatten(1, (-1, width))  # (M, V / width, width)
-    run, u = place(runs.sum(-1), u)
-    word, _ = place(runs[torch.arange(len(run), device=run.device), run], u)
-    return run * width + word
 
 
 class BlockLayer(DynamicLayer):
