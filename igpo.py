@@ -297,19 +297,15 @@ def sample(model, prompts, *, gen_length, block_length, steps, temperature=0.0, 
 def choose_tokens(logits, mask_id, temperature, u):
     """(M, V) logits and (M,) uniform numbers -> (M,) tokens and (M,) confidence, their log-probabilities.
 
-    The mask id is never chosen, yet confidence is measured under the model's full softmax, as in LLaDA. One table of
-    exponentials serves both the softmax and (at temperature 1) the draw."""
-    scores = logits.float().index_fill(-1, torch.tensor(mask_id, device=logits.device), -math.inf)  # (M, V)
-    top = scores.amax(-1, keepdim=True)
-    scores -= top
-    weights = scores.exp()
-    log_total = torch.logaddexp(weights.sum(-1).log(), logits[:, mask_id] - top.squeeze(1))  # with the mask id again
+    The mask id is never chosen, yet confidence is measured under the model's full softmax, as in LLaDA."""
+    logits = logits.float()
+    allowed = logits.index_fill(-1, torch.tensor(mask_id, device=logits.device), -math.inf)
     if temperature > 0:
-        cdf = (weights if temperature == 1 else scores.div(temperature).exp_()).cumsum(-1)  # not normalised
-        tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)  # inverted at u
+        cdf = (allowed / temperature).softmax(-1).cumsum(-1)  # invert the distribution function at u
+        tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)
     else:
-        tokens = scores.argmax(-1)
-    return tokens, scores.gather(-1, tokens[:, None]).squeeze(1) - log_total
+        tokens = allowed.argmax(-1)
+    return tokens, logits.gather(-1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1)
 
 
 class BlockLayer(DynamicLayer):
