@@ -328,8 +328,9 @@ def sample(model, prompts, *, gen_length, block_length, steps, temperature=0.0, 
             confidence = torch.full(tokens.shape, -math.inf, device=x.device)
             tokens[masked], confidence[masked] = choose_tokens(forward(x, seen)[masked], mask_id, temperature, u)
             # The `quota` most confident positions of each row are filled in; they and the hints never change again.
-            order = confidence.argsort(dim=1, descending=True)
-            chosen = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order, torch.arange(K, device=x.device) < quota[:, step, None])
+            order = confidence.argsort(dim=1, descending=True, stable=True)
+            first = torch.arange(K, device=x.device) < quota[:, step, None]
+            chosen = torch.zeros_like(first).scatter_(1, order, first)
             if threshold is not None:
                 chosen |= confidence.exp() > threshold
             x[:, positions] = torch.where(chosen, tokens, x[:, positions])
@@ -349,40 +350,15 @@ def sample(model, prompts, *, gen_length, block_length, steps, temperature=0.0, 
 def choose_tokens(logits, mask_id, temperature, u):
     """(M, V) logits and (M,) uniform numbers -> (M,) tokens and (M,) confidence, their log-probabilities.
 
-    The mask id is never chosen, yet confidence is measured under the model's full softmax, as in LLaDA. One table of
-    exponentials serves both the softmax and the draw."""
+    The mask id is never chosen, yet confidence is measured under the model's full softmax, as in LLaDA."""
     logits = logits.float()
-    top = logits.amax(-1, keepdim=True)
-    weights = logits.sub(top).exp_()  # (M, V), not normalised
-    log_total = weights.sum(-1).log() + top.squeeze(-1)
+    allowed = logits.index_fill(-1, torch.tensor(mask_id, device=logits.device), -math.inf)
     if temperature > 0:
-        if temperature != 1:
-            torch.sub(logits, top, out=weights).div_(temperature).exp_()
-        weights[:, mask_id] = 0
-        tokens = invert_cdf(weights, u)
+        cdf = (allowed / temperature).softmax(-1).cumsum(-1)  # invert the distribution function at u
+        tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)
     else:
-        tokens = logits.index_fill(-1, torch.tensor(mask_id, device=logits.device), -math.inf).argmax(-1)
-    return tokens, logits.gather(-1, tokens[:, None]).squeeze(1) - log_total
-
-
-def invert_cdf(weights, u, width=128):
-    """(M, V) weights and (M,) uniform numbers in [0, 1) -> (M,) indices, i with probability weights[i] / sum(weights).
-
-    First the run of `width` words in which u falls, then the word in it: cumulative sums of all V words would take
-    longer than the rest of a step's sampling, and lose digits where V is large."""
-    def place(w, u):  # the word (or run) whose share of the total holds u, and how far into that share u lies
-        cdf = w.cumsum(-1)
-        target = u[:, None] * cdf[:, -1:]
-        i = torch.searchsorted(cdf, target, right=True)
-        into = (target - cdf.gather(1, i)) / w.gather(1, i) + 1
-        return i.squeeze(1), into.squeeze(1).clamp(0, 1 - 1e-6)
-
-    if weights.shape[1] % width:
-        weights = F.pad(weights, (0, -weights.shape[1] % width))
-    runs = weights.unflatten(1, (-1, width))  # (M, V / width, width)
-    run, u = place(runs.sum(-1), u)
-    word, _ = place(runs[torch.arange(len(run), device=run.device), run], u)
-    return run * width + word
+        tokens = allowed.argmax(-1)
+    return tokens, logits.gather(-1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1)
 
 
 class BlockLayer(DynamicLayer):
@@ -414,10 +390,9 @@ def cached_logits(model, positions):
     layers = Cache(layers=[BlockLayer(slice(start, end)) for _ in range(model.config.num_hidden_layers)])
 
     def forward(x, attention):
-        first = not layers.is_initialized
-        at = 0 if first else start
-        where = torch.arange(at, x.shape[1] if first else end, device=x.device)
-        return logits_at(model, x[:, where], attention, positions - at, position_ids=where[None], past_key_values=layers)
+        at, to = (start, end) if layers.is_initialized else (0, x.shape[1])
+        return logits_at(model, x[:, at:to], attention, positions - at, past_key_values=layers,
+                         position_ids=torch.arange(at, to, device=x.device)[None])
     return forward
 
 
@@ -1186,9 +1161,14 @@ def load_policy(name_or_path, device, *, lora_rank=0, gradient_checkpointing=Fal
     else:
         model, tokenizer = load_sharded(name_or_path, device)
     if gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # its old name
-        enable({"use_reentrant": False})
+        recompute_activations(model)
     return model, tokenizer
+
+
+def recompute_activations(model):
+    """Keep one activation a decoder layer and recompute the others in the backward pass, while the model is in train mode."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # its old name
+    enable({"use_reentrant": False})
 
 
 @contextlib.contextmanager
