@@ -5,6 +5,7 @@ r"""Accuracy of a masked diffusion LM on GSM8K, MATH500, AMC and Minerva, by the
     python eval.py --model FOLDER --tasks math500 --data math500=math500.jsonl --limit 20      offline, a quick look
     python eval.py --rescore runs/eval-NAME/samples.jsonl                 grade again what is stored, without a model
     python eval.py --speed --model FOLDER                                 what the sampler's variants cost on this machine
+    python eval.py --speed --train --model random-8b                      what two RL steps with LoRA cost, without a download
     python eval.py --proof runs/proof                                     IGPO against GRPO and others in the toy world
 
 The protocol is the paper's: one greedy answer a problem, for AMC the mean over 16 answers at temperature 0.1 (avg@16).
@@ -35,6 +36,7 @@ import random
 import re
 import statistics
 import sys
+import tempfile
 import time
 import zlib
 from dataclasses import dataclass
@@ -85,6 +87,7 @@ class Config:
     threshold: float | None = flag(None, "approximate: fill in at once what is more confident than this, e.g. 0.9")
     # other work
     speed: bool = flag(False, "time the sampler; --model is a folder, a hub name, random (small) or random-8b (LLaDA's shape)")
+    train: bool = flag(False, "with --speed: time two RL steps with LoRA of rank 128 (needs pip install peft) instead")
     proof: str | None = flag(None, "folder in which to compare the algorithms in the toy world")
     seeds: int = flag(3, "seeds of --proof")
     variants: str = flag("igpo,grpo,resample", "algorithms of --proof: also full_hints, no_filter, noisy_traces, no_sft")
@@ -454,6 +457,25 @@ def print_speed(model, **settings):
               f"{r['flops'] / 1e12:.3g} |{share} {equal} |")
 
 
+def speed_training(model, *, lora_rank=128, steps=2, prompt_length=128, **flags):
+    """Time RL steps of a model with LoRA on random prompts, all of whose groups are stuck: two roll-outs each and mu
+    updates, the costliest case. -> the last step's metrics, with peak memory in GiB where the device is a GPU."""
+    device, config, generator = next(model.parameters()).device, model.config, igpo.seeded("speed")
+    def ids(length):
+        return torch.randint(0, config.vocab_size - 2, (length,), generator=generator)
+    igpo.add_lora(model, lora_rank)
+    igpo.recompute_activations(model)
+    settings = {"max_steps": steps, "lora_rank": lora_rank, "prompts_per_step": 8, "show_every": 0, "save_every": 0} | flags
+    cfg = igpo.parse([word for name, value in settings.items() for word in (f"--{name}", str(value))])
+    examples = [Example(ids(prompt_length).tolist(), "none", ids(cfg.gen_length // 2)) for _ in range(cfg.prompts_per_step)]
+    with tempfile.TemporaryDirectory() as out:
+        igpo.train_rl(model, None, igpo.toy_model(0)[1], examples, [], cfg, device, Path(out))
+        metrics = igpo.read_log(Path(out))[-1]
+    if device.type == "cuda":
+        metrics["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return metrics
+
+
 def speed(cfg):
     device, random_shapes = setup(), {"random": SMALL, "random-8b": LLADA_8B}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -461,6 +483,12 @@ def speed(cfg):
         model = random_model(random_shapes[cfg.model], device, dtype)
     else:
         model, _ = load_model(cfg.model, dtype=dtype, device=device)
+    if cfg.train:
+        metrics = speed_training(model)
+        shown = ("memory_gib", "seconds_rollout", "seconds_update", "forwards", "tokens_per_second", "flops_rollout",
+                 "flops_update", "peak_share_rollout", "peak_share_update")
+        print("\n".join(f"{name:20} {metrics[name]:.4g}" for name in shown if name in metrics))
+        return
     print_speed(model, rows=cfg.batch_size, gen_length=cfg.gen_length, block_length=cfg.block_length, steps=cfg.diffusion_steps,
                 temperature=cfg.temperature, threshold=cfg.threshold or 0.9)
 
@@ -584,7 +612,7 @@ def main(argv=None):
         "tasks": tasks, "dtype": dtype, "data": {task: source for task, (source, _) in found.items()},
         "problems": {task: len(problems) for task, (_, problems) in found.items()},
         "problems_checksum": zlib.crc32(repr(found).encode())}
-    for name in ("out_dir", "overwrite", "rescore", "speed", "proof", "seeds", "variants"):  # say nothing about the samples
+    for name in ("out_dir", "overwrite", "rescore", "speed", "train", "proof", "seeds", "variants"):  # say nothing about the samples
         del settings[name]
     out = Path(cfg.out_dir or "runs/eval-" + re.sub(r"[^\w.-]+", "-", cfg.model).strip("-."))
     with locked(out):

@@ -759,6 +759,20 @@ def flops(config, rows, length, head_tokens, queries=None, backward=False):
     return forward * 3 if backward else forward
 
 
+def memory_gib(config, gpus=1, lora_rank=0, kl=True):
+    """GiB a GPU holds for weights, gradients and optimizer of one RL run, at its largest; activations come on top.
+
+    With n GPUs and P parameters, all weights: 16 P / n bytes (float32 weights, gradients, two Adam moments) + 2 P / n for
+    the bf16 reference + 2 P for the bf16 weights gathered for the roll-out. LoRA: 2 P bf16 + 16 bytes an adapter weight."""
+    D, M, n, V = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size
+    d = getattr(config, "head_dim", None) or D // config.num_attention_heads
+    shapes = [(D, config.num_attention_heads * d)] * 2 + [(D, config.num_key_value_heads * d)] * 2 + [(D, M)] * 3
+    P = n * sum(a * b for a, b in shapes) + V * D * (1 if config.tie_word_embeddings else 2)
+    if lora_rank:
+        return (2 * P + 16 * n * lora_rank * sum(a + b for a, b in shapes)) / 2**30
+    return (16 * P / gpus + (2 * P / gpus if kl else 0) + 2 * P) / 2**30
+
+
 # Dense bf16 FLOP/s by the data sheets (without sparsity). The first name that is a word of the device's name holds.
 GPU_PEAK = {"B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
             "H800": 989e12, "H20": 148e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "MI300X": 1307e12}
@@ -1153,7 +1167,7 @@ def load_sharded(name_or_path, device, *, dtype=torch.float32):
     return model, tokenizer
 
 
-def load_policy(name_or_path, device, *, lora_rank=0, gradient_checkpointing=False):
+def load_policy(name_or_path, device, *, lora_rank=0, gradient_checkpointing=False, compile=False):
     """The model that is trained: sharded, or with LoRA whole on every process, a frozen base and trainable adapters."""
     if lora_rank:
         model, tokenizer = load_model(name_or_path, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -1162,6 +1176,9 @@ def load_policy(name_or_path, device, *, lora_rank=0, gradient_checkpointing=Fal
         model, tokenizer = load_sharded(name_or_path, device)
     if gradient_checkpointing:
         recompute_activations(model)
+    if compile:
+        for layer in model.model.layers:  # one layer compiles in seconds, and serves for all
+            layer.compile(dynamic=True)
     return model, tokenizer
 
 
@@ -1322,6 +1339,7 @@ class Config:
     prompts_per_forward: int = flag(1, "prompts in one forward and backward pass of an update")
     lora_rank: int = flag(0, "train LoRA adapters of this rank instead of all weights (needs pip install peft); 0: all weights")
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass")
+    compile: bool = flag(False, "torch.compile the decoder layers")
     # SFT
     sft_steps: int = flag(2000, "SFT updates")
     sft_batch: int = flag(64, "examples in an SFT update, over all processes")
@@ -1601,7 +1619,7 @@ def train_rl(policy, reference, tokenizer, examples, held_out, cfg, device, out)
         }, device)
         metrics["rescued"] = 1 - metrics["all_wrong_after"] / metrics["all_wrong"] if metrics["all_wrong"] else 0.0
         if device.type == "cuda" and (peak := peak_flops(torch.cuda.get_device_name())):
-            metrics["peak_share_rollout"] = metrics["flops_rollout"] / peak
+            metrics |= {f"peak_share_{part}": metrics[f"flops_{part}"] / peak for part in ("rollout", "update")}
         metrics["lr"] = optimizer.param_groups[0]["lr"]
         print0("RL {:>{w}}/{}  accuracy {accuracy:.2f} -> {accuracy_after:.2f}  all wrong {all_wrong:.2f} -> {all_wrong_after:.2f}"
                "  kl {kl:.4f}  length {completion_length:.0f}  {seconds:.1f} s".format(
@@ -1793,7 +1811,7 @@ def main(argv=None):
         if rank() == 0:
             save_model(*toy_model(cfg.seed), folder)
         barrier()
-    trainable = dict(lora_rank=cfg.lora_rank, gradient_checkpointing=cfg.gradient_checkpointing)
+    trainable = dict(lora_rank=cfg.lora_rank, gradient_checkpointing=cfg.gradient_checkpointing, compile=cfg.compile)
     model, tokenizer = load_policy(folder, device, **trainable)
     print0(f"{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, run folder {out}")
     if examples:
@@ -1806,7 +1824,7 @@ def main(argv=None):
         held_out, _ = encode_problems(tokenizer, held_out, cfg.max_prompt_length)
 
     def score(name):
-        if held_out and name not in (done := {key for line in read_log(out) for key in line if line["stage"] == "eval"}):
+        if held_out and not any(name in line for line in read_log(out)):  # a resumed run has it already
             accuracy = evaluate(model, tokenizer, held_out, cfg)
             log(out, {"stage": "eval", "step": 0, name: accuracy})
             print0(f"{name}: {accuracy:.3f} on {len(held_out)} held-out problems")

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import eval as evaluation
@@ -1836,6 +1837,28 @@ def test_speed_table():
     assert not model._forward_pre_hooks
 
 
+def test_two_rl_steps_with_lora_on_a_random_model():
+    pytest.importorskip("peft")
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+    metrics = evaluation.speed_training(evaluation.random_model(shape, "cpu", torch.float32), lora_rank=2, prompt_length=9,
+                                        gen_length=16, diffusion_steps=8, block_length=8, prompts_per_step=2, group_size=4, rows_per_call=8)
+    assert metrics["all_wrong"] == 1 and metrics["forwards"] == 16 and metrics["step"] == 2  # two draws of 8 steps
+    assert metrics["flops_rollout"] > 0 and metrics["flops_update"] > 0
+
+
+def test_memory_by_hand():
+    config = LlamaConfig(hidden_size=4096, intermediate_size=12288, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
+                         vocab_size=126464)
+    P = 32 * (4 * 4096 ** 2 + 3 * 4096 * 12288) + 2 * 126464 * 4096
+    assert 8.0e9 < P < 8.1e9  # LLaDA-8B
+    assert igpo.memory_gib(config, 8) == pytest.approx((16 * P / 8 + 2 * P / 8 + 2 * P) / 2**30)
+    adapters = 32 * 128 * (4 * 8192 + 3 * 16384)
+    assert igpo.memory_gib(config, lora_rank=128) == pytest.approx((2 * P + 16 * adapters) / 2**30)
+    model = tiny_model(num_key_value_heads=2, tie_word_embeddings=True)
+    norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
+    assert igpo.memory_gib(model.config, kl=False) * 2**30 == 18 * (sum(p.numel() for p in model.parameters()) - norms)
+
+
 def processor_seconds(function):
     began = time.process_time()
     function()
@@ -2009,7 +2032,7 @@ def test_what_an_evaluation_leaves_behind(toy, capsys):
     settings = result["settings"]
     assert settings["dtype"] == ("bfloat16" if torch.cuda.is_available() else "float32")
     assert settings["amc_temperature"] == 2
-    assert set(settings) >= {f.name for f in dataclasses.fields(evaluation.Config)} - {"speed", "proof", "seeds", "variants"} - {
+    assert set(settings) >= {f.name for f in dataclasses.fields(evaluation.Config)} - {"speed", "train", "proof", "seeds", "variants"} - {
         "out_dir", "overwrite", "rescore"}
     assert result["versions"]["math-verify"] == importlib.metadata.version("math-verify")
     assert not list((folder / "whole").glob("*rank*")) and not list((folder / "whole").glob("*unfinished"))
