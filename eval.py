@@ -35,7 +35,6 @@ import platform
 import random
 import re
 import statistics
-import sys
 import tempfile
 import time
 import zlib
@@ -87,6 +86,7 @@ class Config:
     threshold: float | None = flag(None, "approximate: fill in at once what is more confident than this, e.g. 0.9")
     # other work
     speed: bool = flag(False, "time the sampler; --model is a folder, a hub name, random (small) or random-8b (LLaDA's shape)")
+    prompt_length: int = flag(64, "prompt tokens of --speed")
     train: bool = flag(False, "with --speed: time two RL steps with LoRA of rank 128 (needs pip install peft) instead")
     proof: str | None = flag(None, "folder in which to compare the algorithms in the toy world")
     seeds: int = flag(3, "seeds of --proof")
@@ -489,8 +489,9 @@ def speed(cfg):
                  "flops_update", "peak_share_rollout", "peak_share_update")
         print("\n".join(f"{name:20} {metrics[name]:.4g}" for name in shown if name in metrics))
         return
-    print_speed(model, rows=cfg.batch_size, gen_length=cfg.gen_length, block_length=cfg.block_length, steps=cfg.diffusion_steps,
-                temperature=cfg.temperature, threshold=cfg.threshold or 0.9)
+    print_speed(model, rows=cfg.batch_size, prompt_length=cfg.prompt_length, gen_length=cfg.gen_length,
+                block_length=cfg.block_length, steps=cfg.diffusion_steps, temperature=cfg.temperature,
+                threshold=cfg.threshold or 0.9)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -612,7 +613,7 @@ def main(argv=None):
         "tasks": tasks, "dtype": dtype, "data": {task: source for task, (source, _) in found.items()},
         "problems": {task: len(problems) for task, (_, problems) in found.items()},
         "problems_checksum": zlib.crc32(repr(found).encode())}
-    for name in ("out_dir", "overwrite", "rescore", "speed", "train", "proof", "seeds", "variants"):  # say nothing about the samples
+    for name in ("out_dir", "overwrite", "rescore", "speed", "prompt_length", "train", "proof", "seeds", "variants"):  # say nothing about the samples
         del settings[name]
     out = Path(cfg.out_dir or "runs/eval-" + re.sub(r"[^\w.-]+", "-", cfg.model).strip("-."))
     with locked(out):
@@ -675,12 +676,4 @@ def evaluate(cfg, settings, problems, out, device):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UsageError as error:
-        if rank() == 0:
-            print(f"eval.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    igpo.run_main(main, "eval.py")

@@ -14,9 +14,14 @@ for some of the wrong ones. The sections below follow the paper:
     6  log-probabilities     one forward pass for all G responses of a prompt
     7  the IGPO objective    Eq. 2, 3, 5: advantages, entropy filter, clipped loss
     8  the SFT objective     Eq. 1: masked diffusion on concise reasoning traces
-    9  data                  MetaMathQA, any prompt/completion file, and a toy world made on the spot
-    10 processes             the handful of helpers that know about torch.distributed
+    9  data                  MetaMathQA, any prompt/completion file, rewritten traces, and a toy world made on the spot
+    10 processes             the handful of helpers that know about torch.distributed, and checkpoints
     11 the recipe            settings, presets, SFT loop, RL loop, command line
+
+Departures. From the paper: a trace is cut before it first gives its answer away (cut_trace); the SFT loss is divided by
+the completion length; one uniform number a position replaces Gumbel noise over the vocabulary, with the same distribution.
+From the released code: "all wrong" is tested per prompt and not over a device's batch; hints hold no answer and may have
+ratio 0 or 1; one forward pass of [q ; masks] serves all G responses of a prompt. README.md has the full list.
 
 Run it:
 
@@ -172,7 +177,7 @@ def load_model(name_or_path, *, dtype=None, device="cpu"):
     model_class = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}[config.model_type]
     if torch.device(device).type == "meta":  # the shapes alone, for a process that is dealt its weights by another
         with torch.device("meta"):
-            model = model_class(config)
+            model = model_class(config).to(dtype or torch.float32)
     else:
         model, report = model_class.from_pretrained(
             folder, config=config, key_mapping=rules or None, dtype=dtype or torch.float32, attn_implementation="sdpa",
@@ -352,7 +357,7 @@ def choose_tokens(logits, mask_id, temperature, u):
 
     The mask id is never chosen, yet confidence is measured under the model's full softmax, as in LLaDA."""
     logits = logits.float()
-    allowed = logits.index_fill(-1, torch.tensor(mask_id, device=logits.device), -math.inf)
+    allowed = logits.index_fill(-1, torch.full((), mask_id, device=logits.device), -math.inf)
     if temperature > 0:
         cdf = (allowed / temperature).softmax(-1).cumsum(-1)  # invert the distribution function at u
         tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)
@@ -669,7 +674,7 @@ def rollout(draw, is_correct, traces, generators, *, algo="igpo", lam=0.5, eta=(
     draw(rows, hints) -> (len(rows), G, L) completions of the prompts in the list `rows`; hints is None or
     (len(rows), G, L). is_correct(n, completion) -> bool. traces: N tensors of trace ids, None where there is no usable one.
     generators: N torch.Generators, from which a prompt's hints are drawn.
-    algo: "igpo"; "grpo" never draws again; "resample" draws again without hints, which spends the same samples.
+    algo: "igpo"; "grpo" never draws again; "resample" draws again without hints (sample-matched GRPO).
     eta (low, high): each inpainted response has its own injection ratio ~ U[low, high] and its own chunking."""
     everyone = list(range(len(traces)))
     first = draw(everyone, None)
@@ -805,7 +810,7 @@ def entropy_filter(entropy, hint_positions, keep):
         entropy = entropy.unsqueeze(-2).expand(hint_positions.shape)
     by_entropy = entropy.masked_fill(~hint_positions, -math.inf).argsort(dim=-1, descending=True, stable=True)
     rank = by_entropy.argsort(dim=-1)  # 0 for the most uncertain hint token
-    kept = (hint_positions.sum(-1, keepdim=True) * keep - 1e-6).ceil()
+    kept = (hint_positions.sum(-1, keepdim=True).double() * keep - 1e-6).ceil()
     return ~hint_positions | (rank < kept)
 
 
@@ -1053,7 +1058,8 @@ def seeded(*key):
 # The toy world, a miniature of the paper's situation. A lock has four wheels with the digits 0 to 6; each shows a and is
 # turned back by b, so that it then shows (a - b) mod 7. The SFT traces come from people who take the smaller digit from
 # the larger wherever a < b, six times out of seven. SFT therefore teaches the form, the easy wheels and a misconception.
-# In seven of ten RL problems three wheels or more pass zero: sampling rarely gets all of them right, a hint lets it.
+# In seven of ten RL problems three wheels or more pass zero: sampling rarely gets all of them right, a hint lets it. The
+# trace spells the answer out, so eta_high is set such that of its six one-token chunks never more than three are given.
 
 FACES, WHEELS = 7, 4
 TOY_WORDS = [*map(str, range(FACES)), "-", "=", "\n", "}", "\\boxed{", "<reasoning>", "</reasoning>", "<answer>", "</answer>",
@@ -1102,7 +1108,8 @@ def toy_model(seed):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 10. Processes. The method above and the loops below read as if there were one; what knows better is here.
+# 10. Processes and checkpoints. The method above and the loops below read as if there were one process; what knows better
+#     is here.
 
 
 def setup():
@@ -1113,7 +1120,8 @@ def setup():
     if cuda:
         torch.cuda.set_device(local_rank)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # Ranks may be far apart: one reads the weights for all, and one may have much more to rewrite than the others.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=12))
     elif cuda and not dist.is_initialized():
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -1167,10 +1175,11 @@ def load_sharded(name_or_path, device, *, dtype=torch.float32):
     return model, tokenizer
 
 
-def load_policy(name_or_path, device, *, lora_rank=0, gradient_checkpointing=False, compile=False):
+def load_policy(name_or_path, device, *, lora_rank=0, gradient_checkpointing=False, compile=False, seed=0):
     """The model that is trained: sharded, or with LoRA whole on every process, a frozen base and trainable adapters."""
     if lora_rank:
         model, tokenizer = load_model(name_or_path, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+        torch.manual_seed(seed)  # the same adapters on every process
         add_lora(model, lora_rank)
     else:
         model, tokenizer = load_sharded(name_or_path, device)
@@ -1262,19 +1271,25 @@ def checkpoints(out):
     return sorted(folders, key=lambda path: (path.name.startswith("rl"), path.name))
 
 
+def checkpoint_info(folder):
+    try:
+        return json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder} is damaged ({type(error).__name__}); delete it to resume from the one before") from error
+
+
 def load_checkpoint(folder, model, optimizer):
     """Fill model and optimizer from a checkpoint, written by any number of processes, and return its step."""
     tensors, model_state, optimizer_state = checkpoint_state(model, optimizer)
     try:
         with warnings.catch_warnings(action="ignore"):
             dcp.load(tensors, no_dist=not dist.is_initialized(), storage_reader=HuggingFaceStorageReader(str(folder)))
-        step = json.loads((folder / "state.json").read_text())["step"]
     except (Exception, dcp.CheckpointException) as error:
         raise UsageError(f"{folder} is damaged ({type(error).__name__}); delete it to resume from the one before") from error
     model_state = {name: tensors[f"model.{name}"] for name in model_state}
     optimizer_state |= {name: tensors[f"optimizer.{name}"] for name in optimizer_state if f"optimizer.{name}" in tensors}
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=FLAT)
-    return step
+    return checkpoint_info(folder)["step"]
 
 
 SIGTERM_RECEIVED = threading.Event()  # a scheduler's warning: the loops then save a checkpoint and end
@@ -1294,7 +1309,7 @@ class Config:
     preset: str = flag("llada", "defaults for all that follows: llada or toy")
     stage: Literal["rewrite", "sft", "rl", "all"] = flag(
         "all", "all: rewriting where --rewrite_data is given, SFT where there are SFT examples, then RL")
-    algo: Literal["igpo", "grpo", "resample"] = flag("igpo", "resample: GRPO with the samples that IGPO spends, drawn without hints")
+    algo: Literal["igpo", "grpo", "resample"] = flag("igpo", "resample: all-wrong groups are drawn again as in igpo, but without hints")
     model: str = flag("GSAI-ML/LLaDA-8B-Instruct", "model folder or hub name; toy: a small one made on the spot")
     train_data: str = flag("meta-math/MetaMathQA", "RL problems: MetaMathQA, or a .json/.jsonl file with its columns; or toy")
     sft_data: str | None = flag(None, "SFT examples: a hub data set or .jsonl file with columns prompt and completion; or toy")
@@ -1308,7 +1323,7 @@ class Config:
     diffusion_steps: int = flag(128, "denoising steps for a completion")
     block_length: int = flag(32, "tokens in a semi-autoregressive block")
     temperature: float = flag(1.2, "sampling temperature of the roll-outs")
-    rows_per_call: int = flag(64, "responses sampled in one batch, a multiple of group_size")
+    rows_per_call: int = flag(64, "responses sampled in one batch; whole groups, so at least one of them")
     max_prompt_length: int = flag(512, "prompts of more tokens are left out")
     # groups and hints
     prompts_per_step: int = flag(64, "prompts in an update, over all processes")
@@ -1388,7 +1403,7 @@ def encode_problems(tokenizer, problems, max_prompt_length):
 
 def add_trace_noise(examples, share, generator):
     """Replace a share of all trace tokens by tokens drawn from all traces, for the ablation on noisy traces."""
-    pool = torch.cat([e.trace for e in examples if e.trace is not None])
+    pool = torch.cat([torch.tensor([], dtype=torch.long), *(e.trace for e in examples if e.trace is not None)])
     def noisy(trace):
         other = pool[torch.randint(len(pool), trace.shape, generator=generator)]
         return torch.where(torch.rand(trace.shape, generator=generator) < share, other, trace)
@@ -1582,6 +1597,8 @@ def train_rl(policy, reference, tokenizer, examples, held_out, cfg, device, out)
             if cfg.beta:
                 with adapters_off(policy) if cfg.lora_rank else contextlib.nullcontext(reference) as initial:
                     ref_logps = torch.cat([completion_logps(initial, q, o, prompt_mask=m)[0] for q, o, m in parts])
+                    if isinstance(initial, FSDPModule):
+                        initial.reshard()  # FSDP keeps the root for a backward pass that never comes
         counted = counted_tokens(roll.completions, config.eos_token_id)
         hinted = roll.hinted & counted
         learning = counted & entropy_filter(entropy, hinted, cfg.tau)  # (N, G, L)
@@ -1630,7 +1647,7 @@ def train_rl(policy, reference, tokenizer, examples, held_out, cfg, device, out)
                 n, g = rescued_response(roll)
                 hint = torch.where(roll.hinted[n, g], roll.completions[n, g], config.mask_token_id)
                 show_denoising(policy, tokenizer, prompts[n][prompt_mask[n]], hint, learning[n, g], sampling)
-        if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.max_steps:
+        if held_out and cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.max_steps:
             metrics["eval_accuracy"] = evaluate(policy, tokenizer, held_out, cfg)
             print0(f"  held-out accuracy {metrics['eval_accuracy']:.3f}")
         log(out, {"stage": "rl", "step": step + 1, **metrics})
@@ -1694,6 +1711,10 @@ def check_split(total, per_forward, name, per_forward_name):
 
 def check(cfg):
     """What can be known to be wrong before anything is loaded."""
+    for name in ("gen_length", "block_length", "diffusion_steps", "rows_per_call", "max_prompt_length", "prompts_per_step", "mu", "keep",
+                 "prompts_per_forward", "max_steps", "sft_steps", "sft_batch", "sft_rows_per_forward", "sft_length", "rewrite_batch"):
+        if getattr(cfg, name) < 1:
+            raise UsageError(f"--{name} is at least 1, not {getattr(cfg, name)}")
     blocks = cfg.gen_length // cfg.block_length
     for condition, message in [
         (cfg.gen_length % cfg.block_length == 0, f"--gen_length {cfg.gen_length} is not divisible by --block_length {cfg.block_length}"),
@@ -1701,13 +1722,14 @@ def check(cfg):
         (cfg.group_size > 1, f"--group_size {cfg.group_size}: a group needs at least 2 responses to differ"),
         (0 <= cfg.eta_low <= cfg.eta_high <= 1, f"--eta_low {cfg.eta_low} and --eta_high {cfg.eta_high} are not 0 <= low <= high <= 1"),
         (0 <= cfg.tau <= 1 and 0 <= cfg.lam <= 1, f"--tau {cfg.tau} and --lam {cfg.lam} are shares, from 0 to 1"),
+        (not (cfg.resume and cfg.overwrite), "--resume and --overwrite are opposites"),
         (1 <= cfg.min_chunk <= cfg.max_chunk, f"--min_chunk {cfg.min_chunk} and --max_chunk {cfg.max_chunk} are not 1 <= min <= max"),
     ]:
         if not condition:
             raise UsageError(message)
-    if cfg.stage != "sft":
+    if cfg.stage in ("rl", "all"):
         check_split(cfg.prompts_per_step, cfg.prompts_per_forward, "--prompts_per_step", "--prompts_per_forward")
-    if cfg.sft_data and cfg.stage != "rl":
+    if cfg.stage in ("sft", "all") and (cfg.sft_data or cfg.rewrite_data):
         check_split(cfg.sft_batch, cfg.sft_rows_per_forward, "--sft_batch", "--sft_rows_per_forward")
     if not torch.cuda.is_available() and cfg.stage != "rewrite" and cfg.model != "toy" and not Path(cfg.model).is_dir():
         raise UsageError(f"{cfg.model} needs GPUs (8 x 80 GB for the defaults); on a CPU try: python igpo.py --preset toy")
@@ -1724,8 +1746,10 @@ def open_run(cfg):
     out = Path(out[0])
     if rank() == 0:
         config, saved = dataclasses.asdict(cfg), out / "config.json"
-        if cfg.overwrite:
-            shutil.rmtree(out, ignore_errors=True)
+        if cfg.overwrite and saved.exists():  # only ever a folder that holds a run
+            shutil.rmtree(out)
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"--out_dir {out} is a file")
         if cfg.resume:
             if not saved.exists():
                 raise UsageError(f"--resume: {out} holds no run")
@@ -1734,9 +1758,8 @@ def open_run(cfg):
             if changed:
                 raise UsageError(f"--resume: {out} was started with " + ", ".join(f"--{n} {before.get(n)}" for n in changed))
             newest = checkpoints(out)[-1:]
-            bytes_ = json.loads((newest[0] / "state.json").read_text())["metrics_bytes"] if newest else 0
-            (out / "metrics.jsonl").touch()
-            os.truncate(out / "metrics.jsonl", bytes_)  # the steps after the checkpoint are taken again
+            (out / "metrics.jsonl").touch()  # the steps after the checkpoint are taken again
+            os.truncate(out / "metrics.jsonl", checkpoint_info(newest[0])["metrics_bytes"] if newest else 0)
         elif saved.exists():
             raise UsageError(f"{out} already holds a run: --resume continues it, --overwrite deletes it, or give another --out_dir")
         else:
@@ -1751,7 +1774,9 @@ def load_problems(source, cfg):
     if source == "toy":
         return toy_problems(4000, cfg.seed), toy_problems(cfg.eval_size, "held out")
     problems = metamath_problems(source)
-    if cfg.eval_data is None and len(problems) <= cfg.eval_size:
+    if cfg.eval_data is not None:
+        return problems, []
+    if len(problems) <= cfg.eval_size:
         raise UsageError(f"{source} has {len(problems)} problems, not more than --eval_size {cfg.eval_size}")
     return problems[cfg.eval_size:], problems[: cfg.eval_size]
 
@@ -1783,16 +1808,21 @@ def main(argv=None):
     device = setup()
     check(cfg)
     transformers.utils.logging.disable_progress_bar()
-    signal.signal(signal.SIGTERM, lambda *_: SIGTERM_RECEIVED.set())
     out, began = open_run(cfg), time.time()
     if cfg.wandb and rank() == 0:
-        import wandb  # optional: pip install wandb
+        try:
+            import wandb
+        except ImportError as error:
+            raise UsageError("--wandb needs wandb: pip install wandb") from error
         wandb.init(project=cfg.wandb, config=dataclasses.asdict(cfg), name=out.name)
 
     if cfg.stage == "rewrite" or cfg.stage == "all" and cfg.rewrite_data:
         cfg.sft_data = str(run_rewrite(cfg, out, device))
         if cfg.stage == "rewrite":
             return
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: SIGTERM_RECEIVED.set())
 
     # Data first: what is wrong with a file should not wait for a model to load.
     sft_rows, examples, held_out = [], [], []
@@ -1811,7 +1841,7 @@ def main(argv=None):
         if rank() == 0:
             save_model(*toy_model(cfg.seed), folder)
         barrier()
-    trainable = dict(lora_rank=cfg.lora_rank, gradient_checkpointing=cfg.gradient_checkpointing, compile=cfg.compile)
+    trainable = dict(lora_rank=cfg.lora_rank, gradient_checkpointing=cfg.gradient_checkpointing, compile=cfg.compile, seed=cfg.seed)
     model, tokenizer = load_policy(folder, device, **trainable)
     print0(f"{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, run folder {out}")
     if examples:
@@ -1873,13 +1903,19 @@ def parse(argv=None):
     return Config(**vars(parser.parse_args(argv)))
 
 
-if __name__ == "__main__":
+def run_main(main, name):
+    """Run a command line; what the user can put right is one line and status 2. Also eval.py's."""
     try:
         main()
     except UsageError as error:
-        if rank() == 0:
-            print(f"igpo.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if int(os.environ.get("RANK", 0)) > 0:  # mostly rank 0 says the same, and then torchrun ends this process
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        os._exit(2)  # without waiting for processes that wait for this one
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_main(main, "igpo.py")

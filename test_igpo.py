@@ -160,6 +160,15 @@ def test_a_causal_llama_is_refused(tmp_path):
         igpo.load_model("/no/such/folder")
 
 
+def test_the_end_token_s_embedding_learns(tmp_path):
+    """transformers gives the padding id an embedding without gradient, but here padding is the end token."""
+    igpo.save_model(*igpo.toy_model(0), tmp_path / "m")
+    model, tokenizer = igpo.load_model(tmp_path / "m")
+    ids = torch.tensor([[1, 2, tokenizer.pad_token_id, 3]])
+    model(ids).logits.square().mean().backward()
+    assert model.get_input_embeddings().weight.grad[tokenizer.pad_token_id].abs().sum() > 0
+
+
 def test_counted_tokens_include_the_first_end_token():
     ids = torch.tensor([[1, 2, END, 3, END], [END, 1, 1, 1, 1], [1, 2, 3, 4, 5]])
     assert igpo.counted_tokens(ids, END).tolist() == [[True] * 3 + [False] * 2, [True] + [False] * 4, [True] * 5]
@@ -971,6 +980,7 @@ def test_entropy_filter_keeps_the_most_uncertain_hint_tokens():
         assert (learn & hints)[0, 0].nonzero().flatten().tolist() == kept[0], keep
         assert (learn & hints)[0, 2].nonzero().flatten().tolist() == kept[1], keep
     assert torch.equal(igpo.entropy_filter(entropy[0], hints[0, 0], 0.2), igpo.entropy_filter(entropy, hints, 0.2)[0, 0])
+    assert igpo.entropy_filter(torch.rand(170), torch.ones(170).bool(), 0.3).sum() == 51  # not 52 by rounding
 
 
 def naive_policy_loss(logps, old, ref, A, mask, epsilon, beta, per_token):
@@ -1251,6 +1261,9 @@ def test_rl_on_a_llada_folder_with_real_columns(tmp_path, capsys):
     (["--preset", "toy", "--diffusion_steps", "7"], "--diffusion_steps 7 is not divisible by the number of blocks"),
     (["--preset", "toy", "--prompts_per_step", "40"], "share of --prompts_per_step is 40, so --prompts_per_forward can be 1, 2, 4, 5, 8, 10, 20, 40, not 16"),
     (["--preset", "toy", "--eta_low", "0.9"], "--eta_low 0.9"),
+    (["--preset", "toy", "--block_length", "0"], "--block_length is at least 1, not 0"),
+    (["--preset", "toy", "--mu", "0"], "--mu is at least 1, not 0"),
+    (["--preset", "toy", "--resume", "--overwrite"], "--resume and --overwrite are opposites"),
     (["--preset", "toy", "--train_data", "absent.jsonl"], "no data file at absent.jsonl"),
     (["--preset", "toy", "--stage", "sft", "--sft_data", "absent.jsonl"], "no data file at absent.jsonl"),
     (["--preset", "toy", "--model", "./absent"], "needs GPUs|no model folder")])
@@ -1271,6 +1284,23 @@ def test_a_batch_that_cannot_be_split_names_the_numbers_that_can(monkeypatch):
     with pytest.raises(igpo.UsageError, match="--x 12 cannot be split over 7 processes, but over 1, 2, 3, 4, 6, 12"):
         igpo.check_split(12, 1, "--x", "--y")
     igpo.check_split(14, 8, "--x", "--y")  # a share smaller than a pass is one pass
+
+
+def test_overwrite_deletes_nothing_but_a_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    with pytest.raises(igpo.UsageError, match="no data file"):
+        igpo.main([*SHORT, "--out_dir", str(tmp_path / "run"), "--overwrite", "--train_data", "absent.jsonl"])
+    assert (tmp_path / "run" / "thesis.txt").exists()
+
+
+def test_held_out_problems_are_not_trained_on(tmp_path):
+    path = write(tmp_path / "meta.jsonl", *[{"type": "GSM_AnsAug", "query": f"{a}", "response": f"{a}\nThe answer is: {a}"} for a in range(20)])
+    train, held_out = igpo.load_problems(path, igpo.parse(["--eval_size", "5"]))
+    assert len(train) == 15 and len(held_out) == 5 and not {p.question for p in train} & {p.question for p in held_out}
+    assert len(igpo.load_problems(path, igpo.parse(["--eval_size", "50", "--eval_data", path]))[0]) == 20
+    with pytest.raises(igpo.UsageError, match="has 20 problems, not more than --eval_size 50"):
+        igpo.load_problems(path, igpo.parse(["--eval_size", "50"]))
 
 
 def test_flags_override_the_preset():
@@ -1700,7 +1730,7 @@ def test_finished_rows_leave_the_batch():
 
 
 def unchunked_logps(model, prompts, completions, prompt_mask):
-    (N, P), L = prompts.shape, completions.shape[-1]
+    P, L = prompts.shape[1], completions.shape[-1]
     canvas, positions = F.pad(prompts, (0, L), value=MASK), torch.arange(P, P + L)
     table = igpo.logits_at(model, canvas, igpo.attention_mask(prompt_mask, L), positions).float().log_softmax(-1)
     return table.gather(2, completions.transpose(1, 2)).transpose(1, 2), -(table.exp() * table).sum(-1).detach()
@@ -2032,7 +2062,8 @@ def test_what_an_evaluation_leaves_behind(toy, capsys):
     settings = result["settings"]
     assert settings["dtype"] == ("bfloat16" if torch.cuda.is_available() else "float32")
     assert settings["amc_temperature"] == 2
-    assert set(settings) >= {f.name for f in dataclasses.fields(evaluation.Config)} - {"speed", "train", "proof", "seeds", "variants"} - {
+    assert set(settings) >= {f.name for f in dataclasses.fields(evaluation.Config)} - {"speed", "prompt_length", "train", "proof", "seeds",
+                                                                                  "variants"} - {
         "out_dir", "overwrite", "rescore"}
     assert result["versions"]["math-verify"] == importlib.metadata.version("math-verify")
     assert not list((folder / "whole").glob("*rank*")) and not list((folder / "whole").glob("*unfinished"))
