@@ -1912,7 +1912,9 @@ def run_main(main, name):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
         print(f"{name}: {error}", file=sys.stderr, flush=True)
-        os._exit(2)  # without waiting for processes that wait for this one
+        if world() > 1:
+            os._exit(2)  # without a farewell to processes that wait for this one
+        sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
 
