@@ -134,13 +134,13 @@ def task_problems(task, source=None, limit=None):
     raise UsageError(f"{problem} (--data {task}=FILE)")
 
 
-def parse_tasks(text):
-    """"gsm8k,amc" -> ["gsm8k", "amc"]"""
-    tasks = list(dict.fromkeys(re.findall(r"[^,\s]+", text)))
-    for task in tasks or [""]:
-        if task not in TASKS:
-            raise UsageError(f"no task {task!r}; there are {', '.join(TASKS)}")
-    return tasks
+def parse_names(text, known, kind):
+    """"gsm8k,amc" -> ["gsm8k", "amc"], each one of the known tasks or variants, whichever kind says"""
+    names = list(dict.fromkeys(re.findall(r"[^,\s]+", text)))
+    for name in names or [""]:
+        if name not in known:
+            raise UsageError(f"no {kind} {name!r}; there are {', '.join(known)}")
+    return names
 
 
 def parse_data(text):
@@ -504,15 +504,6 @@ VARIANTS = {
 }
 
 
-def parse_variants(text):
-    """"igpo,grpo" -> ["igpo", "grpo"]"""
-    variants = list(dict.fromkeys(re.findall(r"[^,\s]+", text)))
-    for variant in variants or [""]:
-        if variant not in VARIANTS:
-            raise UsageError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}")
-    return variants
-
-
 def run_variants(out, seeds, variants):
     """Train each variant with each seed in the toy world; a finished run is not run again. -> {variant: [log, ...]}"""
     logs = {variant: [] for variant in variants}
@@ -601,11 +592,11 @@ def main(argv=None):
     if cfg.rescore:
         return rescore(cfg.rescore)
     if cfg.proof:
-        return proof(Path(cfg.proof), cfg.seeds, parse_variants(cfg.variants))
+        return proof(Path(cfg.proof), cfg.seeds, parse_names(cfg.variants, VARIANTS, "variant"))
     check(cfg)
     if cfg.speed:
         return speed(cfg)
-    tasks, sources = parse_tasks(cfg.tasks), parse_data(cfg.data)
+    tasks, sources = parse_names(cfg.tasks, TASKS, "task"), parse_data(cfg.data)
     device = setup()
     found = {task: task_problems(task, sources.get(task), cfg.limit) for task in tasks}
     dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(cfg.dtype, cfg.dtype)

@@ -1271,11 +1271,16 @@ def checkpoints(out):
     return sorted(folders, key=lambda path: (path.name.startswith("rl"), path.name))
 
 
+def damaged(folder, error):
+    return UsageError(f"{folder} is damaged ({type(error).__name__}); delete it to resume from the one before")
+
+
 def checkpoint_info(folder):
+    """The stage, the step and the length of metrics.jsonl that a checkpoint was written with."""
     try:
         return json.loads((folder / "state.json").read_text())
     except (OSError, ValueError) as error:
-        raise UsageError(f"{folder} is damaged ({type(error).__name__}); delete it to resume from the one before") from error
+        raise damaged(folder, error) from error
 
 
 def load_checkpoint(folder, model, optimizer):
@@ -1285,7 +1290,7 @@ def load_checkpoint(folder, model, optimizer):
         with warnings.catch_warnings(action="ignore"):
             dcp.load(tensors, no_dist=not dist.is_initialized(), storage_reader=HuggingFaceStorageReader(str(folder)))
     except (Exception, dcp.CheckpointException) as error:
-        raise UsageError(f"{folder} is damaged ({type(error).__name__}); delete it to resume from the one before") from error
+        raise damaged(folder, error) from error
     model_state = {name: tensors[f"model.{name}"] for name in model_state}
     optimizer_state |= {name: tensors[f"optimizer.{name}"] for name in optimizer_state if f"optimizer.{name}" in tensors}
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=FLAT)
