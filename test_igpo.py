@@ -1,30 +1,33 @@
-"""The tests of igpo.py, in its order: each formula on numbers worked out by hand or against a plain loop. Run: pytest"""
+"""The tests of igpo.py and eval.py, in their order: each formula on numbers worked out by hand or
+against a plain loop, each promise once, what a user gets wrong in tables. Run: pytest"""
 
+import ast
+import contextlib
+import csv
 import dataclasses
-import importlib.metadata
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
-import runpy
+import resource
+import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
-import threading
+import tempfile
 import time
+import traceback
+import zlib
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import eval as evaluation
@@ -32,16 +35,23 @@ import igpo
 
 HERE = Path(__file__).parent
 V, MASK, END = 24, 23, 22  # the tiny models' vocabulary
+torch.set_num_threads(1)
 
 
 def tiny_model(seed=0, cls=LlamaForCausalLM, **changes):
-    """A random bidirectional model whose weights are large enough for its predictions to differ from place to place."""
+    """A random bidirectional model whose weights are large, so that its predictions differ."""
     torch.manual_seed(seed)
-    config = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=4, initializer_range=0.3, is_causal=False, mask_token_id=MASK, bos_token_id=None,
-                  eos_token_id=[END], pad_token_id=END) | changes
-    model = cls({LlamaForCausalLM: LlamaConfig, Qwen2ForCausalLM: Qwen2Config}[cls](**config))
-    return model.eval()
+    config = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                  num_attention_heads=4, num_key_value_heads=4, initializer_range=0.3,
+                  is_causal=False, mask_token_id=MASK, bos_token_id=None, eos_token_id=[END],
+                  pad_token_id=END) | changes
+    return cls({LlamaForCausalLM: LlamaConfig, Qwen2ForCausalLM: Qwen2Config}[cls](**config)).eval()
+
+
+def shifted_model(seed=2):  # as Dream
+    model = tiny_model(seed, Qwen2ForCausalLM)
+    model.config.logit_shift = 1
+    return model
 
 
 def tiny_tokenizer():
@@ -49,171 +59,209 @@ def tiny_tokenizer():
 
 
 def random_prompts(rows, length, seed=1):
-    return torch.randint(0, MASK - 1, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, MASK - 1, (rows, length), generator=igpo.seeded(seed))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def write_jsonl(path, *rows):
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines))
+    return str(path)
+
+
+# --------------------------------------------------------------------------------------------------
 # 1. The model
 
 
 def llada_folder(folder, model, tokenizer, **config):
     """Write a Llama as a LLaDA checkpoint, with LLaDA's names spelled out once more by hand."""
-    layer = {"attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm", "q_proj": "self_attn.q_proj",
-             "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj", "attn_out": "self_attn.o_proj",
-             "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj"}
-    names = {"wte": "model.embed_tokens", "ln_f": "model.norm"} | ({} if model.config.tie_word_embeddings else {"ff_out": "lm_head"})
-    names |= {f"blocks.{i}.{a}": f"model.layers.{i}.{b}" for i in range(model.config.num_hidden_layers) for a, b in layer.items()}
+    c, names = model.config, {"wte": "model.embed_tokens", "ln_f": "model.norm"}
+    if not c.tie_word_embeddings:
+        names["ff_out"] = "lm_head"
+    for i in range(c.num_hidden_layers):
+        for theirs, ours in {
+                "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm",
+                "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj",
+                "v_proj": "self_attn.v_proj", "attn_out": "self_attn.o_proj",
+                "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj",
+                "ff_out": "mlp.down_proj"}.items():
+            names[f"blocks.{i}.{theirs}"] = f"model.layers.{i}.{ours}"
     weights = model.state_dict()
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({f"model.transformer.{a}.weight": weights[f"{b}.weight"].clone() for a, b in names.items()}, folder / "model.safetensors")
-    c = model.config
-    raw = dict(model_type="llada", architectures=["LLaDAModelLM"], auto_map={"AutoConfig": "configuration_llada.LLaDAConfig"},
-               d_model=c.hidden_size, n_heads=c.num_attention_heads, n_kv_heads=c.num_key_value_heads, n_layers=c.num_hidden_layers,
-               mlp_hidden_size=c.intermediate_size, vocab_size=c.vocab_size, embedding_size=c.vocab_size, max_sequence_length=128,
-               rms_norm_eps=c.rms_norm_eps, rope_theta=c.rope_parameters["rope_theta"], weight_tying=c.tie_word_embeddings,
-               mask_token_id=MASK, eos_token_id=END, pad_token_id=END) | config
+    save_file({f"model.transformer.{a}.weight": weights[f"{b}.weight"].clone()
+               for a, b in names.items()}, folder / "model.safetensors")
+    raw = dict(model_type="llada", architectures=["LLaDAModelLM"], d_model=c.hidden_size,
+               auto_map={"AutoConfig": "configuration_llada.LLaDAConfig"},
+               n_heads=c.num_attention_heads, n_kv_heads=c.num_key_value_heads,
+               n_layers=c.num_hidden_layers, mlp_hidden_size=c.intermediate_size,
+               vocab_size=c.vocab_size, embedding_size=c.vocab_size, max_sequence_length=128,
+               rms_norm_eps=c.rms_norm_eps, rope_theta=c.rope_parameters["rope_theta"],
+               weight_tying=c.tie_word_embeddings, mask_token_id=MASK, eos_token_id=END,
+               pad_token_id=END) | config
     (folder / "config.json").write_text(json.dumps(raw))
-    (folder / "configuration_llada.py").write_text("raise SystemExit('code from a checkpoint was run')")
+    (folder / "configuration_llada.py").write_text("raise SystemExit('remote code was run')")
     tokenizer.save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize("shape", [{}, {"num_key_value_heads": 2}, {"tie_word_embeddings": True}], ids=["LLaDA", "grouped", "tied"])
+TOKENIZER_SIZE = len(tiny_tokenizer())  # the tiny models' folders need room for its ids
+
+
+def llada_model(**changes):
+    t = tiny_tokenizer()
+    return tiny_model(vocab_size=TOKENIZER_SIZE, mask_token_id=t.mask_token_id,
+                      eos_token_id=[t.eos_token_id], pad_token_id=t.pad_token_id, **changes)
+
+
+def llada(folder, model=None, **config):
+    t = tiny_tokenizer()
+    ids = dict(mask_token_id=t.mask_token_id, eos_token_id=t.eos_token_id,
+               pad_token_id=t.eos_token_id)
+    return llada_folder(folder, model or llada_model(), t, **ids | config)
+
+
+@pytest.mark.parametrize("shape", [{}, {"num_key_value_heads": 2}, {"tie_word_embeddings": True}],
+                         ids=["LLaDA", "grouped", "tied"])
 def test_llada_round_trip(tmp_path, shape):
-    original = tiny_model(**shape, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
-    folder = llada_folder(tmp_path / "in", original, tiny_tokenizer(), n_kv_heads=shape.get("num_key_value_heads"))
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    original, ids = llada_model(**shape, rope_parameters=rope), random_prompts(2, 9)
+    folder = llada(tmp_path / "in", original, n_kv_heads=shape.get("num_key_value_heads"))
     model, tokenizer = igpo.load_model(folder)
-    ids = random_prompts(2, 9)
     assert torch.equal(model(ids).logits, original(ids).logits)
-    assert model.config.mask_token_id == MASK and model.config.eos_token_id == [END]
+    assert model.config.eos_token_id == [tokenizer.eos_token_id]
+    changed = ids.clone()
+    changed[:, -1] += 1
+    assert not torch.allclose(model(ids).logits[:, 0], model(changed).logits[:, 0])  # not causal
 
     igpo.save_model(model, tokenizer, tmp_path / "out")
-    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "out"))
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config | {"torch_dtype": None} == json.loads((folder / "config.json").read_text()) | {"torch_dtype": None}
-    assert (tmp_path / "out" / "configuration_llada.py").exists()  # for those who load it with LLaDA's own code
-    again, _ = igpo.load_model(tmp_path / "out")
-    assert torch.equal(again(ids).logits, original(ids).logits)
-
-
-def test_attention_is_bidirectional(tmp_path):
-    model, _ = igpo.load_model(llada_folder(tmp_path / "m", tiny_model(), tiny_tokenizer()))
-    ids = random_prompts(1, 9)
-    changed = ids.clone()
-    changed[0, -1] = (ids[0, -1] + 1) % MASK
-    assert not torch.allclose(model(ids).logits[0, 0], model(changed).logits[0, 0])
-
-
-def test_own_checkpoint_round_trip(tmp_path):
-    model, tokenizer = igpo.toy_model(3)
-    igpo.save_model(model, tokenizer, tmp_path / "m")
-    again, tokenizer_again = igpo.load_model(tmp_path / "m")
-    text = "<reasoning>\n5161</reasoning><answer>\\boxed{5161}</answer>"
-    ids = tokenizer_again(text).input_ids
-    assert ids == tokenizer(text).input_ids and len(ids) == 15 and tokenizer_again.decode(ids) == text
-    assert torch.equal(again(torch.tensor([ids])).logits, model(torch.tensor([ids])).logits)
+    configs = [json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "out")]
+    assert configs[0] | {"torch_dtype": "float32"} == configs[1]
+    assert (tmp_path / "out" / "configuration_llada.py").exists()  # for LLaDA's own loader
+    assert torch.equal(igpo.load_model(tmp_path / "out")[0](ids).logits, original(ids).logits)
 
 
 def test_dream_is_read_one_position_to_the_left(tmp_path):
-    original = tiny_model(cls=Qwen2ForCausalLM, num_key_value_heads=2)
+    original, ids = shifted_model(), random_prompts(2, 9)
+    original.resize_token_embeddings(TOKENIZER_SIZE)
     igpo.save_model(original, tiny_tokenizer(), tmp_path / "m")
-    raw = json.loads((tmp_path / "m" / "config.json").read_text()) | {"model_type": "Dream", "architectures": ["DreamModel"]}
-    del raw["is_causal"]
-    (tmp_path / "m" / "config.json").write_text(json.dumps(raw))
+    path = tmp_path / "m" / "config.json"
+    raw = json.loads(path.read_text()) | {"model_type": "Dream", "architectures": ["DreamModel"]}
+    del raw["is_causal"], raw["logit_shift"]
+    path.write_text(json.dumps(raw))
     model, tokenizer = igpo.load_model(tmp_path / "m")
-    ids = random_prompts(2, 9)
-    assert torch.allclose(igpo.logits_at(model, ids, None, torch.arange(4, 7)), original(ids).logits[:, 3:6], atol=1e-5)
+    logits = igpo.logits_at(model, ids, None, torch.arange(4, 7))
+    assert torch.allclose(logits, original(ids).logits[:, 3:6], atol=1e-5)
     igpo.save_model(model, tokenizer, tmp_path / "again")
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["model_type"] == "Dream"
-
-
-@pytest.mark.parametrize("damage, message", [
-    (lambda w: w.pop("model.transformer.blocks.1.ff_proj.weight"), "missing.*layers.1.mlp.gate_proj"),
-    (lambda w: w.update(extra=torch.zeros(3)), "unexpected.*extra"),
-    (lambda w: w.update({"model.transformer.ln_f.weight": torch.ones(7)}), "mismatched.*model.norm"),
-])
-def test_every_weight_must_match(tmp_path, damage, message):
-    folder = llada_folder(tmp_path / "m", tiny_model(), tiny_tokenizer())
-    weights = load_file(folder / "model.safetensors")
-    damage(weights)
-    save_file(weights, folder / "model.safetensors")
-    with pytest.raises(igpo.UsageError, match=message):
-        igpo.load_model(folder)
-
-
-@pytest.mark.parametrize("config, message", [({"alibi": True}, "alibi"), ({"model_type": "gpt2"}, "gpt2.*not supported")])
-def test_unsupported_checkpoints_say_so(tmp_path, config, message):
-    with pytest.raises(igpo.UsageError, match=message):
-        igpo.load_model(llada_folder(tmp_path / "m", tiny_model(), tiny_tokenizer(), **config))
-
-
-def test_a_causal_llama_is_refused(tmp_path):
-    model, tokenizer = igpo.toy_model(0)
-    igpo.save_model(model, tokenizer, tmp_path / "m")
-    raw = json.loads((tmp_path / "m" / "config.json").read_text())
-    del raw["mask_token_id"]
-    (tmp_path / "m" / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(igpo.UsageError, match="mask_token_id"):
-        igpo.load_model(tmp_path / "m")
-    with pytest.raises(igpo.UsageError, match="no model folder"):
-        igpo.load_model("/no/such/folder")
+    assert json.loads((tmp_path / "again/config.json").read_text())["model_type"] == "Dream"
 
 
 def test_the_end_token_s_embedding_learns(tmp_path):
-    """transformers gives the padding id an embedding without gradient, but here padding is the end token."""
+    """transformers gives the padding id an embedding without gradient; here it is the end token."""
     igpo.save_model(*igpo.toy_model(0), tmp_path / "m")
     model, tokenizer = igpo.load_model(tmp_path / "m")
-    ids = torch.tensor([[1, 2, tokenizer.pad_token_id, 3]])
-    model(ids).logits.square().mean().backward()
+    model(torch.tensor([[1, tokenizer.pad_token_id, 3]])).logits.square().mean().backward()
     assert model.get_input_embeddings().weight.grad[tokenizer.pad_token_id].abs().sum() > 0
+
+
+def test_lora_is_merged_in_float32(tmp_path):
+    LoraConfig = pytest.importorskip("peft").LoraConfig
+    model = llada_model().to(torch.bfloat16)
+    base = {name: w.clone() for name, w in model.state_dict().items()}
+    model.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=igpo.seeded(name)) * 1e-2
+    merged = igpo.merged_weights(model)
+    assert merged.keys() == base.keys()
+    module = model.model.layers[0].mlp.up_proj
+    delta = 2 * module.lora_B["default"].weight @ module.lora_A["default"].weight
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert merged[name].dtype == torch.float32
+    assert torch.allclose(merged[name] - base[name].float(), delta, atol=1e-6) and delta.abs().max() > 1e-5
+    assert torch.equal(merged["lm_head.weight"], base["lm_head.weight"].float())
 
 
 def test_counted_tokens_include_the_first_end_token():
     ids = torch.tensor([[1, 2, END, 3, END], [END, 1, 1, 1, 1], [1, 2, 3, 4, 5]])
-    assert igpo.counted_tokens(ids, END).tolist() == [[True] * 3 + [False] * 2, [True] + [False] * 4, [True] * 5]
+    T, N = True, False
+    assert igpo.counted_tokens(ids, END).tolist() == [[T, T, T, N, N], [T, N, N, N, N], [T] * 5]
     assert igpo.counted_tokens(ids, [END, 2]).sum(1).tolist() == [2, 1, 2]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. The sampler
 
 
 @torch.no_grad()
-def published_sampler(model, prompt, hints, L, K, steps):
-    """LLaDA's sampler at temperature 0, written out for one unpadded row."""
-    x = torch.cat([prompt, hints])
-    P, S = len(prompt), steps // (L // K)
+def published_sampler(model, prompt, hints, K, steps, threshold=None):
+    """LLaDA's sampler at temperature 0, written out for one unpadded row; with a threshold, each
+    step fills in the surest place and all that are surer than it."""
+    x, P, L = torch.cat([prompt, hints]), len(prompt), len(hints)
+    S = steps // (L // K)
     for start in range(P, P + L, K):
         block = range(start, start + K)
         total = sum(x[i].item() == MASK for i in block)
-        for step in range(S):
+        for step in range(S if threshold is None else K):
+            masks = [i for i in block if x[i].item() == MASK]
             p = model(x[None]).logits[0].double().softmax(-1)
-            open_places = [i for i in block if x[i].item() == MASK]
-            best = {i: max((v for v in range(V) if v != MASK), key=lambda v: p[i, v].item()) for i in open_places}
-            count = total // S + (step < total % S)
-            for i in sorted(open_places, key=lambda i: -p[i, best[i]].item())[:count]:
-                x[i] = best[i]
+            best = {i: max(range(MASK), key=lambda v: p[i, v].item()) for i in masks}
+            count = total // S + (step < total % S) if threshold is None else min(len(masks), 1)
+            order = sorted(masks, key=lambda i: -p[i, best[i]].item())
+            for i in order:
+                if i in order[:count] or threshold is not None and p[i, best[i]] > threshold:
+                    x[i] = best[i]
     return x[P:]
 
 
-@pytest.mark.parametrize("K, steps", [(12, 12), (12, 5), (4, 6), (4, 12), (3, 4)])
-@pytest.mark.parametrize("hint", [None, 0.0, 0.5, 1.0])
-def test_greedy_sampling_is_the_published_sampler(K, steps, hint):
-    model, L, prompts = tiny_model(2), 12, random_prompts(3, 5)
+class Forwards:
+    """Counts a model's forward passes, the rows in them and the tokens in them."""
+
+    def __init__(self, model):
+        self.calls = self.rows = self.tokens = 0
+        self.handle = model.register_forward_pre_hook(self.count, with_kwargs=True)
+
+    def count(self, model, args, kwargs):
+        self.calls, self.rows = self.calls + 1, self.rows + len(kwargs["input_ids"])
+        self.tokens += kwargs["input_ids"].numel()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.handle.remove()
+
+
+def some_hints(share, L=12):
     hints = torch.full((3, L), MASK)
-    if hint is not None:
-        given = torch.rand(3, L, generator=torch.Generator().manual_seed(4)) < hint
-        hints[given] = random_prompts(3, L, 5)[given]
-    out = igpo.sample(model, prompts, gen_length=L, block_length=K, steps=steps, hints=None if hint is None else hints)
-    want = torch.stack([published_sampler(model, q, h, L, K, steps) for q, h in zip(prompts, hints)])
-    assert torch.equal(out, want)
-    assert torch.equal(out[hints != MASK], hints[hints != MASK]) and not (out == MASK).any()
+    given = torch.rand(3, L, generator=igpo.seeded(4)) < share
+    hints[given] = random_prompts(3, L, 5)[given]
+    return hints
+
+
+@pytest.mark.parametrize("K, steps", [(12, 12), (12, 5), (4, 6), (4, 12), (3, 4)])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_greedy_sampling_is_the_published_sampler(K, steps, share):
+    model, prompts, hints = tiny_model(2), random_prompts(3, 5), some_hints(share)
+    out = igpo.sample(model, prompts, gen_length=12, block_length=K, steps=steps,
+                      hints=hints if share else None)
+    want = [published_sampler(model, q, h, K, steps) for q, h in zip(prompts, hints)]
+    assert torch.equal(out, torch.stack(want)) and not (out == MASK).any()
+    assert torch.equal(out[hints != MASK], hints[hints != MASK])
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.4, 0.9, 1.0])
+def test_threshold_fills_in_what_is_sure_and_at_least_one(threshold):
+    model, prompts, hints = tiny_model(2), random_prompts(3, 5), some_hints(0.3)
+    with Forwards(model) as count:
+        out = igpo.sample(model, prompts, gen_length=12, block_length=4, steps=3, hints=hints,
+                          threshold=threshold)
+    want = [published_sampler(model, q, h, 4, 3, threshold) for q, h in zip(prompts, hints)]
+    assert torch.equal(out, torch.stack(want)) and (threshold > 0 or count.calls == 3)
 
 
 def test_padding_changes_nothing():
-    model = tiny_model(2)
-    short, long = random_prompts(1, 4), random_prompts(1, 7)
+    model, short, long = tiny_model(2), random_prompts(1, 4), random_prompts(1, 7)
     prompts, mask = igpo.pad_left([short[0].tolist(), long[0].tolist()], END)
     assert mask.tolist() == [[False] * 3 + [True] * 4, [True] * 7]
     settings = dict(gen_length=8, block_length=4, steps=8)
@@ -221,641 +269,323 @@ def test_padding_changes_nothing():
     assert torch.equal(both, torch.cat([igpo.sample(model, q, **settings) for q in (short, long)]))
 
 
-def test_the_mask_id_is_never_chosen_but_counts_in_the_confidence():
-    logits = torch.zeros(1, V)
-    logits[0, MASK], logits[0, 7] = 9.0, 2.0
-    for temperature in (0.0, 1.0):
-        tokens, confidence = igpo.choose_tokens(logits, MASK, temperature, torch.tensor([0.999999]))
-        assert tokens[0] != MASK
-        assert confidence[0].item() == pytest.approx(logits[0].log_softmax(-1)[tokens[0]].item())
-    model = tiny_model(2)
-    model.lm_head.weight.data[MASK] = 5 * model.lm_head.weight.data[MASK]  # the mask is often the likeliest word
-    out = igpo.sample(model, random_prompts(64, 5), gen_length=8, block_length=4, steps=4, temperature=1.5)
-    assert not (out == MASK).any()
-
-
-def test_temperature_gives_the_softmax_distribution():
-    logits = torch.randn(1, V, generator=torch.Generator().manual_seed(0)) * 2
-    u = (torch.arange(20000) + 0.5) / 20000
-    tokens, _ = igpo.choose_tokens(logits.expand(20000, V), MASK, 1.7, u)
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.7])
+@pytest.mark.parametrize("lead", [3.0, 1000.0])
+def test_the_draw_has_the_softmax_distribution(temperature, lead):
+    """The mask id is never chosen, even far ahead, yet it counts in the confidence."""
+    logits = torch.randn(1, 128, generator=igpo.seeded(0)) * 2
+    logits[0, 5], logits[0, -3:] = lead, -200.0
+    u = torch.cat([(torch.arange(19999) + 0.5) / 20000, torch.tensor([1 - 1e-6])])
+    tokens, confidence = igpo.choose_tokens(logits.expand(20000, 128), 5, temperature, u)
     allowed = logits[0].clone()
-    allowed[MASK] = -math.inf
-    assert torch.allclose(tokens.bincount(minlength=V) / 20000, (allowed / 1.7).softmax(-1), atol=1e-3)
+    allowed[5] = -math.inf
+    want = (allowed / temperature).softmax(-1) if temperature else F.one_hot(allowed.argmax(), 128)
+    assert torch.allclose(tokens.bincount(minlength=128) / 20000, want.float(), atol=1e-3)
+    assert torch.allclose(confidence, logits[0].log_softmax(-1)[tokens], rtol=1e-4, atol=1e-5)
 
 
-def test_a_row_depends_on_its_own_generator_alone():
+@pytest.mark.parametrize("options", [{}, {"cache": "block", "threshold": 0.5}])
+def test_a_row_depends_on_its_own_generator_alone(options):
     model, prompts = tiny_model(2), random_prompts(6, 5)
-    settings = dict(gen_length=8, block_length=4, steps=4, temperature=1.0)
-    together = igpo.sample(model, prompts, generator=[igpo.seeded(i) for i in range(3)], **settings)
+    settings = dict(gen_length=8, block_length=4, steps=4, temperature=1.0) | options
+    together = igpo.sample(model, prompts, generator=list(map(igpo.seeded, range(3))), **settings)
     for i in range(3):
-        alone = igpo.sample(model, prompts[2 * i: 2 * i + 2], generator=igpo.seeded(i), **settings)
-        assert torch.equal(together[2 * i: 2 * i + 2], alone)
-    assert len({tuple(row) for row in igpo.sample(model, prompts[:1].expand(6, -1), **settings).tolist()}) > 1
+        rows = slice(2 * i, 2 * i + 2)
+        alone = igpo.sample(model, prompts[rows], generator=igpo.seeded(i), **settings)
+        assert torch.equal(together[rows], alone)
+    assert len(igpo.sample(model, prompts[:1].expand(6, -1), **settings).unique(dim=0)) > 1
 
 
-def test_stopping_early_keeps_the_text():
-    model = tiny_model(2)
+def test_rows_that_have_ended_leave_the_batch_and_keep_their_text():
+    model, prompts = tiny_model(2), random_prompts(32, 5)
     model.lm_head.weight.data[END] *= 2.5  # so that rows end at different places
-    prompts, settings = random_prompts(32, 5), dict(gen_length=24, block_length=4, steps=24)
-    full, early = igpo.sample(model, prompts, **settings), igpo.sample(model, prompts, stop_early=True, **settings)
-    lengths = igpo.counted_tokens(full, END).sum(1)
-    assert len(set(lengths.tolist())) > 2, "the test needs rows of mixed length"
-    for a, b, n in zip(full, early, lengths.tolist()):
-        assert torch.equal(a[:n], b[:n])
-    assert not (early == MASK).any()
+    settings = dict(gen_length=24, block_length=4, steps=24)
+    full = igpo.sample(model, prompts, **settings)
+    with Forwards(model) as count:
+        early = igpo.sample(model, prompts, stop_early=True, **settings)
+    counted = igpo.counted_tokens(full, END)
+    assert len(counted.sum(1).unique()) > 2 and torch.equal(full[counted], early[counted])
+    assert (early[~counted & (early != full)] == END).all() and not (early == MASK).any()
+    blocks = (counted.sum(1) + 3) // 4  # a row is written up to the block of its end token
+    assert count.rows == 4 * blocks.sum() < 32 * 24
 
 
-def test_the_quota_of_a_block_is_spread_over_its_steps():
-    assert igpo.transfer_quota(torch.tensor([7, 3, 0, 8]), 4).tolist() == [[2, 2, 2, 1], [1, 1, 1, 0], [0] * 4, [2] * 4]
+@pytest.mark.parametrize("make", [lambda: tiny_model(2), shifted_model], ids=["llama", "dream"])
+def test_the_cache_computes_the_block_alone(make):
+    model, shift = make(), make().config.__dict__.get("logit_shift", 0)
+    prompts, mask = igpo.pad_left([[1, 2, 3], [4, 5, 6, 7, 8]], END)
+    settings = dict(gen_length=12, block_length=4, prompt_mask=mask, hints=some_hints(0.3)[:2])
+    exact, cached = (igpo.sample(model, prompts, cache=c, steps=3, **settings)
+                     for c in (None, "block"))
+    assert torch.equal(exact, cached)  # one step a block: the cache is never used
+    with Forwards(model) as count:
+        igpo.sample(model, prompts, cache="block", steps=12, gen_length=12, block_length=4)
+    assert count.calls == 12 and count.tokens == 2 * 3 * (17 + 3 * (4 + shift))
+    canvas, positions = random_prompts(2, 17), torch.arange(9, 13)
+    seen = igpo.attention_mask(mask, 12)
+    layers = igpo.block_cache(model, positions)
+    with torch.no_grad():  # where nothing else has changed, a pass over the block is exact
+        first, again = (igpo.logits_at(model, canvas, seen, positions, layers) for _ in range(2))
+        full = igpo.logits_at(model, canvas, seen, positions)
+    assert torch.allclose(first, full, atol=1e-5) and torch.allclose(again, full, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(gen_length=10, block_length=4, steps=8), "gen_length 10 is not divisible by block_length 4"),
-    (dict(gen_length=12, block_length=4, steps=8), "steps 8 is not divisible by the number of blocks 3")])
-def test_lengths_that_do_not_fit_are_errors(settings, message):
-    with pytest.raises(ValueError, match=message):
-        igpo.sample(tiny_model(), random_prompts(1, 3), **settings)
+def test_the_sampler_costs_little_more_than_its_forwards_and_the_cache_far_less():
+    """Bounds far from what is measured (1.05, and 4 times), since others may use the machine."""
+    shape = dict(hidden_size=128, intermediate_size=344, num_hidden_layers=3, vocab_size=2048)
+    model = evaluation.random_model(shape | {"num_attention_heads": 4}, "cpu", torch.float32)
+    flags = ["--gen_length", "128", "--diffusion_steps", "32", "--batch_size", "2"]
+    cfg = igpo.parse(evaluation.Config, [*flags, "--temperature", "1"])
+    rounds = [evaluation.speed_table(model, cfg, prompt_length=96) for _ in range(3)]
+    ratio = {row["variant"]: statistics.median(r[i]["x bare"] for r in rounds)
+             for i, row in enumerate(rounds[0])}
+    assert list(ratio) == ["bare forwards", "exact", "cache", "threshold", "cache + threshold"]
+    assert ratio["exact"] < 1.6 and ratio["cache"] < 0.8 and rounds[0][1]["equal"] == 1
+    assert [row["forwards"] for row in rounds[0]][:3] == [32, 32, 32] and not model._forward_pre_hooks
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. Hints
 
 
-def test_a_hint_is_whole_chunks_at_their_own_positions():
-    trace = torch.arange(100, 133)
-    for seed in range(50):
-        hint = igpo.make_hint(trace, 0.5, gen_length=64, mask_id=0, min_chunk=5, max_chunk=5, generator=igpo.seeded(seed))
-        assert hint.shape == (64,)
+@pytest.mark.parametrize("ratio, chunks", [(0.5, 3), (0.01, 1), (0.99, 6), (1, 7), (0, 0)])
+def test_a_hint_is_whole_chunks_at_their_own_positions(ratio, chunks):
+    trace = torch.arange(100, 133)  # 33 tokens in chunks of 5: seven, the last of 3 tokens
+    for seed in range(30):
+        hint = igpo.make_hint(trace, ratio, gen_length=64, mask_id=0, min_chunk=5, max_chunk=5,
+                              generator=igpo.seeded(seed))
         given = hint != 0
-        assert torch.equal(hint[:33][given[:33]], trace[given[:33]]) and not given[33:].any()
-        chunks = [given[i: min(i + 5, 33)] for i in range(0, 33, 5)]  # 7 chunks, the last of 3 tokens
-        assert all(c.all() or not c.any() for c in chunks)
-        assert sum(bool(c.any()) for c in chunks) == 3  # floor(0.5 * 7)
+        assert hint.shape == (64,) and not given[33:].any()
+        assert torch.equal(hint[:33][given[:33]], trace[given[:33]])
+        pieces = [given[i: min(i + 5, 33)] for i in range(0, 33, 5)]
+        assert all(piece.all() or not piece.any() for piece in pieces)
+        assert sum(bool(piece.any()) for piece in pieces) == chunks  # floor(eta N), but one at least
+
+
+def test_a_hint_leaves_room_for_the_answer():
+    trace = torch.arange(1, 401)
+    assert igpo.make_hint(trace, 1, gen_length=256, mask_id=0).tolist() == [*range(1, 227)] + [0] * 30
+    assert igpo.make_hint(trace, 1, gen_length=9, mask_id=0, room=4).tolist() == [1, 2, 3, 4, 5] + [0] * 4
+    assert not igpo.make_hint(trace[:0], 1, gen_length=9, mask_id=0).any()
 
 
 def test_chunk_lengths_and_choice_are_random_within_bounds():
-    hints = [igpo.make_hint(torch.arange(1, 201), 0.3, gen_length=200, mask_id=0, generator=igpo.seeded(s)) for s in range(200)]
+    hints = [igpo.make_hint(torch.arange(1, 201), 0.3, gen_length=200, mask_id=0, room=0,
+                            generator=igpo.seeded(s)) for s in range(200)]
     given = torch.stack(hints) != 0
-    assert 0.2 < given.float().mean() < 0.32
-    assert (given.float().mean(0)[:190] > 0.1).all()  # every position is hinted now and then
+    assert 0.2 < given.float().mean() < 0.32 and (given.float().mean(0)[:190] > 0.1).all()
     edges = F.pad(given.int(), (1, 1)).diff(dim=1)
     runs = torch.cat([(e == -1).nonzero() - (e == 1).nonzero() for e in edges])
-    assert runs.min() >= 1 and len(runs.unique()) > 8
+    assert len(runs.unique()) > 8 and (runs < 5).float().mean() < 0.1
 
 
-@pytest.mark.parametrize("length", [0, 1, 7, 30, 90])
-def test_ratio_zero_and_one_are_exact(length):
-    trace = torch.arange(1, length + 1)
-    nothing = igpo.make_hint(trace, 0, gen_length=40, mask_id=0)
-    everything = igpo.make_hint(trace, 1, gen_length=40, mask_id=0)
-    assert (nothing == 0).all()
-    assert everything.tolist() == (trace.tolist() + [0] * 40)[:40]  # a longer trace is cut
+@pytest.mark.parametrize("solution, answer, question, trace", [
+    ("Half of 48 is 24.\nThen 48+24 = 72 clips.\n#### 72", "72", "", "Half of 48 is 24.\nThen 48+24 ="),
+    ("6-5=$1.00 and 720 + 270 = $990.00", "990", "", "6-5=$1.00 and 720 + 270 ="),
+    ("We get 1,200 + 34 = 1,234.\nThe answer is: 1234", "1234", "", "We get 1,200 + 34 ="),
+    (r"So $x = \frac{1}{2}$, hence $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}", "", "So $x ="),
+    (r"It is $\frac{a}{12}$ with 12.", "12", "", "It is"),  # never inside a command
+    ("There are 120 of 12, so 12.", "12", "", "There are 120 of"),
+    ("max is the a of it", "a", "", "max is the"),
+    ("The sum is -3.\nThe answer is: -3", "-3", "", "The sum is"),
+    ("Lyn has 5 apples. 5 + 3 - 3 = 5", "5", "Lyn has 5 apples", "Lyn has 5 apples. 5 + 3 - 3 ="),
+    ("Lyn has 5 apples. 2 + 3 = 5", "5", "Lyn has 50 apples", "Lyn has"),
+    ("It is seventy-two.\n#### 72", "72", "", None), ("72", "72", "", None), ("any", "", "", None)])
+def test_the_answer_is_cut_off_the_trace(solution, answer, question, trace):
+    assert igpo.cut_trace(solution, answer, question) == trace
 
 
-@pytest.mark.parametrize("solution, answer, trace", [
-    ("She sold 48/2 = 24.\nThen 48+24 = 72 clips.\n#### 72\nThe answer is: 72", "72", "She sold 48/2 = 24.\nThen 48+24 ="),
-    ("It costs 6-5=$1.00 and 720 + 270 = $990.00\n#### 990\nThe answer is: 990", "990", "It costs 6-5=$1.00 and 720 + 270 = $"),
-    ("We get 1,200 + 34 = 1,234 in all.\nThe answer is: 1234", "1234", "We get 1,200 + 34 ="),
-    ("So $x = \\frac{1}{2}$, hence $\\boxed{\\frac{1}{2}}$.\nThe answer is: \\frac{1}{2}", "\\frac{1}{2}", "So $x ="),
-    ("Adding up gives $\\boxed{12}$.\nThe answer is: 12", "12", "Adding up gives $"),
-    ("There are 120 of 12, so 12.", "12", "There are 120 of"),
-    ("The sum is -3.\nThe answer is: -3", "-3", "The sum is -"),
-    ("It is seventy-two.\n#### 72\nThe answer is: 72", "72", None),  # stated in words: better no hint than a leak
-    ("anything", "", None)])
-def test_the_answer_is_cut_off_the_trace(solution, answer, trace):
-    assert igpo.cut_trace(solution, answer) == trace
-
-
-def test_the_answer_is_never_inside_a_hint():
-    """Not in the toy world, where the trace is never given whole, and not in worked solutions, where it is cut."""
-    tokenizer = igpo.toy_model(0)[1]
-    toy = igpo.PRESETS["toy"]
-    for n, problem in enumerate(igpo.toy_problems(300, 0)):
-        hint = igpo.make_hint(igpo.encode_trace(tokenizer, problem.trace), toy["eta_high"], gen_length=16, min_chunk=toy["min_chunk"],
-                              max_chunk=toy["max_chunk"], mask_id=tokenizer.mask_token_id, generator=igpo.seeded(n))
-        assert problem.answer not in tokenizer.decode(hint)
+def test_no_hint_holds_the_answer_unless_the_question_does():
     rng = random.Random(0)
     for _ in range(300):
         a, b = rng.randrange(2, 99), rng.randrange(2, 99)
-        trace = igpo.cut_trace(f"First {a} and then {b}. So {a} + {b} = {a + b}.\nThe answer is: {a + b}", str(a + b))
-        assert str(a + b) not in igpo.NUMBER.findall(trace)
+        solution = f"First {a} and then {b}. So {a} + {b} = {a + b}.\nThe answer is: {a + b}"
+        trace = igpo.cut_trace(solution, str(a + b), f"{a} and {b}?")
+        assert a + b in (a, b) or Decimal(a + b) not in map(Decimal, igpo.NUMBER.findall(trace))
+    for problem in igpo.toy_problems(300, 0):
+        assert problem.answer not in problem.trace
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 4. Rewards. The tables hold: reference ¦ content of the box
 
-RIGHT = r"""
-18 ¦ 18 dollars
-18 ¦ \$18
-18 ¦ $18
+RIGHT_ANSWERS = r"""
 18 ¦ \$18.00
-18 ¦ 18.
 18 ¦ 18\ \text{dollars}
-18 ¦ \text{18}
 18 ¦ \text{Janet makes 18 dollars}
-18 ¦ The answer is 18
 18 ¦ Answer: 18
-18 ¦ x = 18
 18 ¦ x=18 \text{ dollars}
 18 ¦ 9 \times 2 = 18
-18 ¦ 9 \times 2
-18 ¦ 18\text{ dollars per day}
 18 ¦ **18**
-18 ¦ +18
-18 ¦ 018
--5 ¦ −5
--10 ¦ -\$10
 -10 ¦ \$-10
 1234.5 ¦ $1,234.50
-1234 ¦ 1,234
 1234 ¦ 1 234
-1234567 ¦ 1,234,567 \text{ people}
-12 ¦ 12 \text{ km/h}
-12 ¦ 12 km/h
 12 ¦ 12 \text{ m/s}^2
-12 ¦ 12\text{ m}
 12 ¦ 12 \mathrm{~cm}
-12 ¦ 12\,\mathrm{cm}^3
-12 ¦ 12 cm^2
-12 ¦ 12cm
-12 ¦ 12 square feet
-12 ¦ 12 miles/hour
 12 ¦ 12 dollars/hour
-12 ¦ 12 hours.
-12 ¦ 12 people's
-12 ¦ 12 in
 12.5 ¦ 12.5\%
-12.5 ¦ 12.5 percent
-12.5 ¦ 12.5 \text{ percent}
-0.1 ¦ 10\%
 \frac{1}{10} ¦ 10%
-\frac{1}{2} ¦ 0.5
 \frac{1}{2} ¦ .5
-\frac{1}{2} ¦ 1/2
-\frac{1}{2} ¦ \frac12
-\frac{1}{2} ¦ \tfrac{1}{2}
-\frac{1}{2} ¦ \frac{1}{2} \text{ cup}
 \frac{1}{2} ¦ 1/2 of a mile
-\frac{1}{2} ¦ \frac{2}{4}
-\frac{1}{2} ¦ {1}/{2}
--\frac{3}{8} ¦ \frac{-3}{8}
--\frac{3}{8} ¦ -3/8
--\frac{3}{8} ¦ -0.375
 -\frac{3}{8} ¦ \frac{3}{-8}
 1\frac{4}{5} ¦ \frac{9}{5}
-1\frac{4}{5} ¦ 1.8
-1\frac{4}{5} ¦ 9/5
-1\frac{4}{5} ¦ 1 \frac{4}{5}
 1\frac{4}{5} ¦ 1 4/5
-137 \frac{1}{2} ¦ 137.5
-137 \frac{1}{2} ¦ 137\frac{1}{2}
-137 \frac{1}{2} ¦ \frac{275}{2}
-\frac 34 ¦ 3/4
-\frac9{19} ¦ \frac{9}{19}
-\frac{270}7\text{ degrees} ¦ \frac{270}{7}
-\frac{270}7\text{ degrees} ¦ \frac{270}{7}^\circ
 \frac{270}7\text{ degrees} ¦ \left(\frac{270}{7}\right)^\circ
-\frac{270}7\text{ degrees} ¦ 38\frac{4}{7}^\circ
-76^\circ ¦ 76
 76^\circ ¦ 76°
-76^\circ ¦ 76 degrees
-76^\circ ¦ 76^{\circ}
-76^\circ ¦ 76\text{ degrees}
 .0000672 ¦ 6.72 \times 10^{-5}
-.0000672 ¦ 0.0000672
-.0000672 ¦ 6.72e-5
-4.5e33 ¦ 4.5 \times 10^{33}
-4.5e33 ¦ 4.5\times10^{33}\text{ erg/s}
-4.5e33 ¦ 4.5 \cdot 10^{33}
-1e-5 ¦ 10^{-5}
 1e11 ¦ 10^{11}
-27.0 ¦ 27
-58,500 ¦ 58500
 58,500 ¦ 58{,}500
-58,500 ¦ 58\,500
-11,\! 111,\! 111,\! 100 ¦ 11111111100
 11,\! 111,\! 111,\! 100 ¦ 11,111,111,100
-10,\!080 ¦ 10,080
-10,\!080 ¦ 10080
-\$32,\!348 ¦ 32348
-\$32,\!348 ¦ \$32,348
-\$36 ¦ 36 \text{ dollars}
-\$18.90 ¦ 18.9
-5.4 \text{ cents} ¦ 5.4
-5.4 \text{ cents} ¦ 5.4 cents
-15\mbox{ cm}^2 ¦ 15
-15\mbox{ cm}^2 ¦ 15 \text{ cm}^2
 15\mbox{ cm}^2 ¦ 15 \text{ square cm}
-864 \mbox{ inches}^2 ¦ 864 square inches
-864 \mbox{ inches}^2 ¦ 864
-16 \sqrt{3} ¦ 16\sqrt3
-16 \sqrt{3} ¦ 16√3
-16 \sqrt{3} ¦ 16 \cdot \sqrt{3}
-16 \sqrt{3} ¦ 8\sqrt{12}
-16 \sqrt{3} ¦ 16sqrt(3)
 16 \sqrt{3} ¦ \sqrt{768}
-16 \sqrt{3} ¦ 16\sqrt{3} \text{ units}
-\frac{\sqrt{3}}{3} ¦ \frac{1}{\sqrt{3}}
-\frac{3\sqrt{3}}{4} ¦ \frac{3}{4}\sqrt{3}
-11 \sqrt{5} + 11 ¦ 11(1+\sqrt{5})
-1+274i ¦ 274i + 1
+16 \sqrt{3} ¦ 16sqrt(3)
 6 - 5i ¦ -5i+6
-288 \pi ¦ 288\pi
-288 \pi ¦ 288pi
 288 \pi ¦ 288π
-288 \pi ¦ 288\pi \text{ cubic units}
-\frac{20000}{\pi} ¦ 20000/\pi
-18+2\pi ¦ 2\pi + 18
--\frac{\pi}{6} ¦ -\pi/6
-3, 5, 7 ¦ 3,5,7
-3, 5, 7 ¦ 7, 5, 3
-3, 5, 7 ¦ \{3, 5, 7\}
-3, 5, 7 ¦ 3, 5, \text{ and } 7
-3, 5, 7 ¦ 3, 5, and 7
-1,-2 ¦ -2, 1
-1,-2 ¦ -2,1
-1,-2 ¦ x = 1, x = -2
+3, 5, 7 ¦ \{7, 3, 5\}
 1,-2 ¦ x=1 \text{ or } x=-2
-1,-2 ¦ 1 and -2
-1,-2 ¦ x = 1, -2
-1,-2 ¦ (1, -2)
--2,1 ¦ \{-2, 1\}
 3 \pm 2 \sqrt{2} ¦ 3 + 2\sqrt{2}, 3 - 2\sqrt{2}
-3 \pm 2 \sqrt{2} ¦ x = 3 \pm 2\sqrt{2}
-1 \pm \sqrt{19} ¦ 1 - \sqrt{19}, 1 + \sqrt{19}
-\{1\pm\sqrt{5},-2\} ¦ -2, 1 + \sqrt{5}, 1 - \sqrt{5}
-\{1\pm\sqrt{5},-2\} ¦ 1 \pm \sqrt{5}, -2
-(5,\infty) ¦ (5, +\infty)
 (5,\infty) ¦ x > 5
-(5,\infty) ¦ x \in (5, \infty)
-(-\infty, 0] ¦ x \le 0
-(-\infty, 0] ¦ (-\infty,0]
-(2,12) \cup (12,102) ¦ (2,12)\cup(12,102)
-(-\infty, 2) \cup (3, \infty) ¦ x \in (-\infty,2) \cup (3,\infty)
-(-\infty, 2) \cup (3, \infty) ¦ (3,\infty)\cup(-\infty,2)
 x \in [-2,7] ¦ -2 \le x \le 7
-x \in [-2,7] ¦ x\in[-2,7]
-x \in [-2,7] ¦ -2 \leq x \leq 7
-\left(\frac{3}{5},\frac{8}{3}\right] ¦ (0.6, \frac{8}{3}]
-\left( 3, \frac{\pi}{2} \right) ¦ (3, \pi/2)
 \left( 3, \frac{\pi}{2} \right) ¦ (r,\theta) = (3, \frac{\pi}{2})
-(15,-29) ¦ (15, -29)
-(15,-29) ¦ (x, y) = (15, -29)
-(15,-29) ¦ 15, -29
-(6,31,-1) ¦ (6, 31, -1)
-(1,-16,-4,43) ¦ (1, -16, -4, 43)
-(-1,6) ¦ P = (-1,6)
 x=5 ¦ 5
-x=5 ¦ x = 5
-y = 2x + 3 ¦ y=2x+3
-y = 2x + 3 ¦ 2x + 3
-y = 2x + 3 ¦ y = 3 + 2x
-y = -2x ¦ y=-2x
-5x - 7y + 11z + 4 = 0 ¦ 5x-7y+11z+4=0
 5x - 7y + 11z + 4 = 0 ¦ 10x-14y+22z+8=0
-5x - 7y + 11z + 4 = 0 ¦ 5x-7y+11z=-4
-15x - 80 ¦ 15x-80
 15x - 80 ¦ 5(3x-16)
-15x - 80 ¦ -80+15x
-x^3+3x-6 ¦ 3x + x^3 - 6
-\frac{11+9a}{20} ¦ \frac{9a + 11}{20}
-\frac{11+9a}{20} ¦ \frac{9a}{20}+\frac{11}{20}
-(a+5)(b+2) ¦ (b+2)(a+5)
-p - q ¦ p-q
-p - q ¦ -q+p
-2k ¦ k \cdot 2
-5r^5 ¦ 5 r^5
 \cot x ¦ \frac{\cos x}{\sin x}
-\cot x ¦ \cot(x)
-\cot x ¦ cot x
-8n^2 + 4n + 1 ¦ f(n) = 8n^2+4n+1
-3R^2 ¦ 3R^2
 204_5 ¦ 204
-204_5 ¦ 204_{5}
-204_5 ¦ 204_5
 4210_{5} ¦ 4210_5
-2516_8 ¦ 2516_{8}
 43 ¦ 43_{10}
-\text{(C)} ¦ C
-\text{(C)} ¦ (C)
-\text{(C)} ¦ \text{C}
-\text{(C)} ¦ \textbf{(C)}
 \text{(C)} ¦ \textbf{(C)}\ 12
-\text{(C)} ¦ (C) ellipse
-\text{(E)} ¦ \mathrm{(E)}
-\text{Evelyn} ¦ Evelyn
 \text{Evelyn} ¦ evelyn
-\text{Evelyn} ¦ \textbf{Evelyn}
-\text{Evelyn} ¦ \text{Evelyn}.
-\text{even} ¦ even
-\text{east} ¦ \text{East}
-\begin{pmatrix} -18 \\ -49 \\ 96 \end{pmatrix} ¦ \begin{pmatrix}-18\\-49\\96\end{pmatrix}
-\begin{pmatrix} -18 \\ -49 \\ 96 \end{pmatrix} ¦ \begin{bmatrix} -18 \\ -49 \\ 96 \end{bmatrix}
-\begin{pmatrix} -18 \\ -49 \\ 96 \end{pmatrix} ¦ \left(\begin{array}{c} -18 \\ -49 \\ 96 \end{array}\right)
-\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix} ¦ \begin{pmatrix} \frac{1}{5} \\ -\frac{18}{5} \end{pmatrix}
-\begin{pmatrix} -1 & 0 \\ 0 & -1 \end{pmatrix} ¦ \begin{pmatrix}-1&0\\0&-1\end{pmatrix}
-\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix} ¦ \begin{pmatrix} 0.2 \\ -3.6 \end{pmatrix}
-\pi ¦ π
+\begin{pmatrix} -18 \\ -49 \end{pmatrix} ¦ \begin{bmatrix} -18 \\ -49 \end{bmatrix}
 10 ¦ \boxed{10}
-10080 ¦ 10! / 360
-28800 ¦ 2 \cdot 5! \cdot 5!
-600 ¦ \binom{6}{3} \cdot 30
--1 ¦ -1.0
-100 ¦ 1e2
-0.33 ¦ \frac{33}{100}
-160 ¦ 160 minutes
 5 ¦ \approx 5
-5 ¦ 5 \text{ (remainder)}
-13535 ¦ \$13{,}535
-3 ¦ \text{3 hours}
-3 ¦ 3 h
-12 ¦ 12 m
-\frac{243}{625} ¦ 0.3888
-2220 ¦ 2220_{10}
-7.6 Z ¦ 7.6Z
-\alpha ¦ \alpha
-\frac{1}{4p^2} ¦ \frac{1}{4}p^{-2}
-100 p^{\frac{1}{2}} ¦ 100\sqrt{p}
-MR=SRMC ¦ MR = SRMC
-E_{1},E_{2} ¦ E_1, E_2
-1+\sqrt{3} i ¦ 1+i\sqrt{3}
 """
-WRONG = r"""
+WRONG_ANSWERS = r"""
 15 ¦ 18 liters
 10 ¦ 4, 6
-16 ¦ 16.5
-\frac{33}{100} ¦ \frac{1}{3}
-\frac{1}{3} ¦ 0.33
 \frac{1}{3} ¦ 0.333333
-\sqrt{2} ¦ 1.414214
-\left(\frac{3}{5},\frac{8}{3}\right] ¦ \left(0.6,\infty\right]
 \left(\frac{3}{5},\frac{8}{3}\right] ¦ \left(\frac{3}{5},\frac{8}{3}\right)
-\left(\frac{3}{5},\frac{8}{3}\right] ¦ [0.6,\infty)
 2516_8 ¦ 2516_7
-2516_8 ¦ 2516_{10}
 2516_8 ¦ 1358
-25 ¦ 25_8
--1 ¦ 1
 1 ¦ \left(-1\right)
-15 ¦ -15
 5 ¦ 5 hours 30 minutes
-5 ¦ 5 hours and 30 minutes
-530 ¦ 5 hours 30 minutes
 530 ¦ 5 30
 40 ¦ 4{10}
-24 ¦ 8{3}
-60 ¦ 600
-60 ¦ 6
-.35625 ¦ 35625
 .5 ¦ 5
-5 ¦ .5
 2k ¦ 2
-2 ¦ 2k
-2k ¦ 2b
 12 ¦ 12xy
-5x - 7y + 11z + 4 = 0 ¦ 0
 5x - 7y + 11z + 4 = 0 ¦ 4
-5x - 7y + 11z + 4 = 0 ¦ 5x - 7y + 11z - 4 = 0
-y = 2x + 3 ¦ y = 2x
 y = 2x + 3 ¦ 3
-y = 2x + 3 ¦ y = 2x + b
-x=5 ¦ -5
-x=5 ¦ x=6
-x=5 ¦ y=x
 1,-2 ¦ 1
-1,-2 ¦ -2
-1,-2 ¦ 1, 2
-1,-2 ¦ -1, 2
-3, 5, 7 ¦ 5
-3, 5, 7 ¦ 3, 5
 3, 5, 7 ¦ 3, 5, 7, 9
 (3,4) ¦ (4,3)
-(3,4) ¦ 4, 3
-(15,-29) ¦ (-29, 15)
 (5,\infty) ¦ [5,\infty)
-(5,\infty) ¦ x \ge 5
-(5,\infty) ¦ x < 5
-(5,\infty) ¦ 5
-(2,12) \cup (12,102) ¦ (2,102)
-(-\infty, 2) \cup (3, \infty) ¦ (-\infty, 2) \cap (3, \infty)
-(-\infty, 2) \cup (3, \infty) ¦ (-\infty, 2] \cup [3, \infty)
-x \in [-2,7] ¦ (-2,7)
-x \in [-2,7] ¦ -2 < x < 7
-x \in [-2,7] ¦ [-2, 8]
-3 \pm 2 \sqrt{2} ¦ 3 + 2\sqrt{2}
-3 \pm 2 \sqrt{2} ¦ 3
-\{1\pm\sqrt{5},-2\} ¦ 1 \pm \sqrt{5}
 \text{(C)} ¦ (B)
-\text{(C)} ¦ B
-\text{(C)} ¦ D
-\text{(C)} ¦ 3
-\text{ellipse} ¦ C
-\text{even} ¦ neve
-\text{even} ¦ odd
-\text{even} ¦ \text{uneven}
 \text{even} ¦ \text{not even}
 \text{Evelyn} ¦ Carla
 p - q ¦ q - p
-p - q ¦ p + q
-15x - 80 ¦ 15x + 80
-15x - 80 ¦ 15x
-1+274i ¦ 1-274i
-1+274i ¦ 274
-\cot x ¦ \tan x
-\cot x ¦ \frac{1}{\cot x}
-\begin{pmatrix} -18 \\ -49 \\ 96 \end{pmatrix} ¦ \begin{pmatrix} 18 \\ -49 \\ 96 \end{pmatrix}
-\begin{pmatrix} -18 \\ -49 \\ 96 \end{pmatrix} ¦ \begin{pmatrix} -18 \\ -49 \end{pmatrix}
-\begin{pmatrix} -18 \\ -49 \\ 96 \end{pmatrix} ¦ 96
-\begin{pmatrix} -1 & 0 \\ 0 & -1 \end{pmatrix} ¦ \begin{pmatrix} 1 & 0 \\ 0 & 1 \end{pmatrix}
+\begin{pmatrix} -18 \\ -49 \end{pmatrix} ¦ \begin{pmatrix} 18 \\ -49 \end{pmatrix}
 288 \pi ¦ 288
-288 ¦ 288 \pi
-\frac{20000}{\pi} ¦ 6366.2
-4.6e-24 ¦ 4.7e-24
 4.6e-24 ¦ 0
-1e-5 ¦ 10^{-6}
 4.5e33 ¦ 4.5
-4.5e33 ¦ 4.5 \times 10^{32}
-43500 ¦ 43, 500
 43500 ¦ 43.500
-43500 ¦ 43,50
 (100,200) ¦ 100200
-(100,200) ¦ (200,100)
-137 \frac{1}{2} ¦ 137
 137 \frac{1}{2} ¦ \frac{137}{2}
-1\frac{4}{5} ¦ \frac{4}{5}
-58,500 ¦ 58
-58,500 ¦ 500
-76^\circ ¦ 104^\circ
-0 ¦ \emptyset
 7 ¦ ?
-10 ¦ x
-10 ¦ \text{None}
 10 ¦ 10 or 12
-10 ¦ 10 < x
-10 ¦ 10, 20
 10 ¦ 10:30
-2 ¦ \text{The solution to the equation \(3^{2x} + 19 = 10^x\) cannot be found algebraically.}
-3 ¦ \text{three of 5}
 50 ¦ 0.5\%
-0.5 ¦ 50
-100 ¦ 10^
-10 ¦ 10^10
 11 ¦ 1 1
-6 ¦ 2 3
-123456 ¦ 123 456 789
 1 ¦ \frac{0}{0}
-0 ¦ \frac{1}{0}
-\frac{1}{2} ¦ \frac{2}{1}
-\frac{1}{2} ¦ 12
-7 ¦ 7 = 8
 5r^5 ¦ r^5
-\pi ¦ 3.14
-\frac{1}{4p^2} ¦ \frac{1}{4p}
 MR=SRMC ¦ MR = LRMC
-SRAC=LRAC ¦ LRMC=SRMC
 """
 
 
-def rows(text):
-    return [line.split(" ¦ ") for line in text.strip().split("\n")]
-
-
-@pytest.mark.parametrize("reference, answer", rows(RIGHT))
-def test_right(reference, answer):
-    assert igpo.grade(rf"Hence \boxed{{{answer}}}.", reference)
-
-
-@pytest.mark.parametrize("reference, answer", rows(WRONG))
-def test_wrong(reference, answer):
-    assert not igpo.grade(rf"Hence \boxed{{{answer}}}.", reference)
+def test_the_rules_of_the_grader():
+    failures = []
+    for table, verdict in (RIGHT_ANSWERS, True), (WRONG_ANSWERS, False):
+        for row in table.strip().split("\n"):
+            reference, answer = row.split(" ¦ ")
+            if igpo.grade(rf"Hence \boxed{{{answer}}}.", reference) != verdict:
+                failures.append(row)
+    assert not failures, "\n".join(failures)
+    for reference in 18, 18.0, "18":
+        assert igpo.grade("<answer>\n$18 dollars\n</answer>", reference)
+    assert igpo.grade(r"\boxed{1.5}", 1.5) and not igpo.grade("18", "18")
 
 
 @pytest.mark.parametrize("completion, answer", [
-    ("", None),
-    ("The answer is 18.", None),                                # merely mentioned
-    (r"\boxed{17} then \boxed{18}", "18"),                      # the last box
-    (r"\boxed{18} and \boxed{}", "18"),                         # ... that is not empty
-    (r"\boxed{18} and \boxed{...} and \boxed{\ldots} and \boxed{…}", "18"),     # ... nor a placeholder
-    (r"\boxed{18} and \boxed{19", "18"),                        # ... and well-formed
-    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-    (r"\boxed{\boxed{18}}", "18"),
-    (r"} \boxed {18}", "18"),
-    (r"\boxed{...}", None),
+    ("", None), ("The answer is 18.", None),                     # merely mentioned
+    (r"\boxed{17} then \boxed{18}", "18"),                       # the last box
+    (r"\boxed{18} and \boxed{} and \boxed{...} and \boxed{\ldots} and \boxed{…}", "18"),
+    (r"\boxed{18} and \boxed{19", "18"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"} \boxed {18}", "18"), (r"\boxed{...}", None),
     ("<answer>17</answer><answer> 18 </answer><answer></answer>", "18"),
-    (r"\boxed{18} <answer>17</answer>", "18"),                  # a box goes first
-    (r"\boxed{...} <answer>17</answer>", "17"),
-    ("<answer>18", None),
-    ("18</answer>", None),
-    ("<answer>...</answer>", None),
-])
+    (r"\boxed{18} <answer>17</answer>", "18"), (r"\boxed{...} <answer>17</answer>", "17"),
+    ("<answer>18", None), ("18</answer>", None), ("<answer>...</answer>", None)])
 def test_committed_answer(completion, answer):
     assert igpo.committed_answer(completion) == answer
 
 
-def test_answer_block_is_graded():
-    assert igpo.grade("<answer>\n$18 dollars\n</answer>", "18")
-    assert igpo.grade("<answer>\\boxed{}18</answer>", "18")
-    assert not igpo.grade("18 <answer>17</answer>", "18")
-    assert not igpo.grade("18", "18")
+HOSTILE = [
+    r"9^{9^{9^9}}", "((10^9)!)!", r"\binom{10^9}{5\cdot10^8}", "1e999999999", "5\0",
+    "1e-999999999", r"10^{10^{10}}-10^{10^{10}}", r"\frac{1}{0}", "\ud800+x", "\u202e5+x",
+    r"\sum_{n=1}^{10^{12}} \frac{1}{n}", "(a+b+c+d+e+f)^{40}", r"9^{9^9}\%",
+    "(" * 10_000 + "1" + ")" * 10_000, "(" * 140 + "x" + ")" * 140, "a+" * 500_000, "," * 290,
+    r"\sqrt{" * 40 + "2" + "}" * 40, "0.(" + "9" * 280 + ")", "()" * 140 + "=", "9" * 4301,
+    " " * 100_000, r"\boxed{" * 100_000 + "}" * 100_000, "{" * 1_000_000,
+    "<answer>" * 120_000, "<answer></answer>" * 60_000, r"\boxed" + " " * 1_000_000]
 
 
-HOSTILE = {
-    "tower": r"9^{9^{9^9}}", "factorial": "(10^9)!", "factorials": "((10^9)!)!", "binomial": r"\binom{10^9}{5\cdot10^8}",
-    "1e999999999": "1e999999999", "1e-999999999": "1e-999999999", "difference": "10^{10^{10}}-10^{10^{10}}",
-    "1/0": r"\frac{1}{0}", "null": "5\0", "surrogate": "\ud800+x", "right-to-left": "\u202e5+x",
-    "sum": r"\sum_{n=1}^{10^{12}} \frac{1}{n}", "polynomial": "(a+b+c+d+e+f)^{40}", "gamma": r"\Gamma(10^{30})",
-    "brackets": "(" * 10_000 + "1" + ")" * 10_000, "150 brackets": "(" * 140 + "x" + ")" * 140, "1 MB": "a+" * 500_000,
-    "roots": r"\sqrt{" * 40 + "2" + "}" * 40, "decimal": "0.(" + "9" * 280 + ")", "commas": "," * 290,
-    "readings": r"9^{9^{9^9}}\approx" * 15, "percent": r"9^{9^{9^9}}\%", "equals": "()" * 140 + "=",
-}
-HOSTILE = {name: rf"\boxed{{{answer}}}" for name, answer in HOSTILE.items()} | {
-    "open boxes": r"\boxed{" * 140_000, "nested boxes": r"\boxed{" * 100_000 + "}" * 100_000, "braces": "{" * 1_000_000,
-    "open blocks": "<answer>" * 120_000, "empty blocks": "<answer></answer>" * 60_000, "spaces": r"\boxed" + " " * 1_000_000,
-}
+def test_hostile_answers_and_references_cost_little():
+    igpo.grade(r"\boxed{x}", "y")  # the judge's start is not counted
+    for text in HOSTILE:
+        for completion, reference in (rf"\boxed{{{text}}}", r"\frac{3}{5}"), (r"\boxed{x+1}", text):
+            began, spent = time.process_time(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+            assert not igpo.grade(completion, reference), text[:40]
+            spent = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - spent
+            assert time.process_time() - began + spent < 2, text[:40]
+        assert igpo.committed_answer(text + r"\boxed{7}") is not None
 
 
-def in_thread(function):
-    results = []
-    thread = threading.Thread(target=lambda: results.append(function()))
-    thread.start()
-    thread.join()
-    return results[0]
-
-
-@pytest.mark.parametrize("run", [lambda function: function(), in_thread], ids=["main thread", "other thread"])
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile(name, run):
-    igpo.grade(r"\boxed{x}", "y")    # the judge's start is not counted
-    start = time.process_time()
-    assert run(lambda: igpo.grade(HOSTILE[name], r"\frac{3}{5}")) is False
-    assert time.process_time() - start < 2
-
-
-def test_timeouts_are_counted_and_harm_nobody():
+def test_answers_that_are_given_up_are_counted_and_harm_nobody():
     before = igpo.GRADE_TIMEOUTS
-    assert not igpo.grade(r"\boxed{9^{9^{9^9}}}", "x+1")
-    assert igpo.GRADE_TIMEOUTS == before + 1
-    assert igpo.grade(r"\boxed{1+x}", "x+1")
-    assert igpo.GRADE_TIMEOUTS == before + 1
+    assert not igpo.grade(r"\boxed{9^{9^{9^9}}}", "x+1") and igpo.GRADE_TIMEOUTS == before + 1
+    assert igpo.grade(r"\boxed{1+x}", "x+1") and igpo.GRADE_TIMEOUTS == before + 1
+    igpo.judge.kill()
+    igpo.judge.wait()
+    assert igpo.grade(r"\boxed{1+x}", "x+1")  # a dead judge is replaced
+    os.kill(igpo.judge.pid, signal.SIGSTOP)
+    began = time.time()
+    assert not igpo.grade(r"\boxed{1+x}", "x+1") and time.time() - began < 8
+    assert igpo.GRADE_TIMEOUTS == before + 2 and igpo.grade(r"\boxed{1+x}", "x+1")
 
 
-def test_a_dead_judge_is_replaced():
-    assert igpo.grade(r"\boxed{1+x}", "x+1")
-    igpo._judge.kill()
-    igpo._judge.wait()
-    assert igpo.grade(r"\boxed{1+x}", "x+1")
+def test_format_score_by_hand():
+    form = "<reasoning>\n1+1=2\n</reasoning>\n<answer>\n\\boxed{2}\n</answer>"
+    assert igpo.format_score(form) == 0.75 and igpo.format_score("") == 0
+    assert igpo.format_score(form + "</answer>") == igpo.format_score(form[1:]) == 0.625
+    assert igpo.format_score("\\boxed{2} \\boxed{3}") == 0.25
+    assert igpo.format_score("<answer>2</answer>") == 0.125  # the opening tags end their lines
 
 
-def test_threads_share_the_judge():
-    right = [(rf"\boxed{{{n}+x}}", f"x+{n + n % 2}", n % 2 == 0) for n in range(40)]
-    results = {}
-    threads = [threading.Thread(target=lambda k=k: results.update(
-        {(k, row): igpo.grade(row[0], row[1]) == row[2] for row in right[k::4]})) for k in range(4)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert len(results) == 40 and all(results.values())
-
-
-def child(queue):
-    queue.put((igpo.grade(r"\boxed{1+x}", "x+1"), igpo.grade(r"\boxed{1+x}", "x+2")))
-
-
-def test_daemonic_fork_has_its_own_judge():
-    igpo.grade(r"\boxed{1+x}", "x+1")
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    process = context.Process(target=child, args=(queue,), daemon=True)
-    process.start()
-    assert queue.get(timeout=60) == (True, False)
-    process.join()
-    assert igpo.grade(r"\boxed{1+x}", "x+1")
-
-
-@pytest.mark.parametrize("completion, score", [
-    ("<reasoning>\n1+1=2\n</reasoning>\n<answer>\n\\boxed{2}\n</answer>", 1),
-    ("<reasoning>1+1=2</reasoning><answer>2</answer>", 2 / 3),
-    ("<reasoning>1+1=2</reasoning> \\boxed{2}", 1 / 3),
-    ("\\boxed{2}", 0), ("", 0)])
-def test_format_score(completion, score):
-    assert igpo.format_score(completion) == pytest.approx(score)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Elastic roll-out. A response is the number in its first column; 1 is right, everything else wrong.
+# --------------------------------------------------------------------------------------------------
+# 5. Elastic roll-out. A response is the number in its first column; 1 is right, all else wrong.
 
 G, L = 8, 6
 
 
 class Draw:
-    """Stands for the sampler: draws given first columns, keeps hints, and remembers what it was asked for."""
+    """Stands for the sampler: draws given first columns, keeps hints, remembers what was asked."""
 
     def __init__(self, *batches):
         self.batches, self.calls = list(batches), []
 
-    def __call__(self, rows, hints):
-        self.calls.append((rows, hints))
-        out = torch.full((len(rows), G, L), 9)
+    def __call__(self, prompts, prompt_mask, generators, hints):
+        self.calls.append((prompts[:, 0].tolist(), hints))
+        assert len(prompts) == len(prompt_mask) == len(generators)
+        out = torch.full((len(prompts), G, L), 9)
         out[..., 0] = torch.tensor(self.batches.pop(0))
         if hints is not None:
             out[..., 1:] = torch.where(hints[..., 1:] == MASK, out[..., 1:], hints[..., 1:])
@@ -863,66 +593,71 @@ class Draw:
 
 
 def roll(draw, N, traces=None, **settings):
-    trace = torch.arange(10, 10 + L)
-    return igpo.rollout(draw, lambda n, completion: completion[0].item() == 1, [trace] * N if traces is None else traces,
-                        [igpo.seeded(n) for n in range(N)], mask_id=MASK, **{"chunk": (2, 2), "eta": (0.4, 0.9)} | settings)
+    prompts = torch.arange(N)[:, None]
+    return igpo.rollout(
+        draw, lambda completion, answer: completion[0].item() == answer, prompts, prompts >= 0,
+        [1] * N, traces or [torch.arange(10, 10 + L)] * N, [igpo.seeded(n) for n in range(N)],
+        mask_id=MASK, **dict(chunk=(2, 2), eta=(0.4, 0.9), room=0) | settings)
 
 
 def test_hints_are_drawn_for_the_all_wrong_groups_alone():
-    first = [[0] * G, [1] + [0] * 7, [2] * G]
-    draw = Draw(first, [[1] * 3 + [0] * 5, [0] * G])
-    out = roll(draw, 3)
-    assert [rows for rows, _ in draw.calls] == [[0, 1, 2], [0, 2]]  # the group with one right answer is left alone
-    assert out.first_correct.sum(1).tolist() == [0, 1, 0] and out.correct.sum(1).tolist() == [3, 1, 0]
+    draw = Draw([[0] * G, [1] + [0] * 7, [2] * G, [0] * G], [[1] * 3 + [0] * 5, [0] * G])
+    out = roll(draw, 4, [torch.arange(10, 16)] * 3 + [None])  # without a trace there is no hint
+    assert [rows for rows, _ in draw.calls] == [[0, 1, 2, 3], [0, 2]]
+    assert out.first_correct.sum(1).tolist() == [0, 1, 0, 0]
+    assert out.correct.sum(1).tolist() == [3, 1, 0, 0]
     assert torch.equal(out.completions[1:], out.first[1:]) and not out.hinted[1:].any()
     hints = draw.calls[1][1]
-    assert hints.shape == (2, G, L) and len({tuple(h) for h in hints[0].tolist()}) > 1  # each its own eta and chunks
+    assert hints.shape == (2, G, L) and len(hints[0].unique(dim=0)) > 1  # each its own eta, chunks
     for g in range(3):  # the hint mask travels with the response it belongs to
         assert torch.equal(out.hinted[0, g], hints[0, g] != MASK)
-        assert torch.equal(out.completions[0, g, 1:], torch.where(hints[0, g] == MASK, 9, hints[0, g])[1:])
+        kept = torch.where(hints[0, g] == MASK, 9, hints[0, g])[1:]
+        assert torch.equal(out.completions[0, g, 1:], kept)
 
 
-@pytest.mark.parametrize("right, lam, K", [(0, 0.5, 0), (3, 0.5, 3), (4, 0.5, 4), (7, 0.5, 4), (8, 1.0, 8), (8, 0.3, 2), (8, 0.0, 0)])
+@pytest.mark.parametrize("right, lam, K", [(0, 0.5, 0), (3, 0.5, 3), (4, 0.5, 4), (7, 0.5, 4),
+                                           (8, 1.0, 8), (8, 0.3, 2), (8, 0.0, 0)])
 def test_K_is_the_smaller_of_right_ones_and_lambda_G(right, lam, K):
     out = roll(Draw([[0] * G], [[0] * (G - right) + [1] * right]), 1, lam=lam)
-    assert out.correct.sum() == K == out.replaced.sum()
-    assert (out.completions[0, :, 0] == 1).sum() == K  # only right ones are swapped in
+    assert out.correct.sum() == K == (out.completions[0, :, 0] == 1).sum()
+    A, rho = igpo.group_advantages(out.correct), K / G  # Theorem 1
+    assert A.square().mean().item() == pytest.approx(rho * (1 - rho))
 
 
 def test_algorithms():
     draw = Draw([[0] * G])
-    out = roll(draw, 1, algo="grpo")
-    assert len(draw.calls) == 1 and torch.equal(out.completions, out.first)
-    draw = Draw([[0] * G], [[1] * G])
-    out = roll(draw, 1, algo="resample")
-    assert draw.calls[1][1] is None and out.correct.sum() == 4 and not out.hinted.any()
-    draw = Draw([[0] * G, [0] * G], [[1] * G])
-    out = roll(draw, 2, traces=[None, torch.arange(10, 16)])  # without a usable trace there is no hint
-    assert draw.calls[1][0] == [1] and out.correct.sum(1).tolist() == [0, 4]
-
-
-def test_eta_one_gives_the_whole_trace():
+    assert torch.equal(roll(draw, 1, algo="grpo").completions[0, :, 0], torch.zeros(G).long())
+    draw = Draw([[0] * G, [0] * G], [[1] * G])  # sample-matched: the groups that igpo would draw
+    out = roll(draw, 2, [None, torch.arange(10, 16)], algo="resample")
+    assert draw.calls[1][0] == [1] and (draw.calls[1][1] == MASK).all()
+    assert out.correct.sum(1).tolist() == [0, 4] and not out.hinted.any()
     draw = Draw([[0] * G], [[1] * G])
     roll(draw, 1, eta=(1.0, 1.0))
     assert torch.equal(draw.calls[1][1][0], torch.arange(10, 16).expand(G, L))
-    draw = Draw([[0] * G], [[1] * G])
-    roll(draw, 1, eta=(0.0, 0.0))
-    assert (draw.calls[1][1] == MASK).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def test_groups_are_sampled_as_rows_are():
+    model, settings = tiny_model(2), dict(gen_length=8, block_length=4, steps=4, temperature=1.0)
+    prompts, mask = igpo.pad_left([[1, 2, 3], [4, 5, 6, 7], [8]], END)
+    out = igpo.sample_groups(model, prompts, mask, [igpo.seeded(i) for i in range(3)],
+                             group_size=2, rows_per_call=4, **settings)
+    for i in range(3):
+        assert torch.equal(out[i], igpo.sample(
+            model, prompts[i].expand(2, -1), prompt_mask=mask[i].expand(2, -1),
+            generator=igpo.seeded(i), **settings))
+
+
+# --------------------------------------------------------------------------------------------------
 # 6. Log-probabilities
 
 
 def row_by_row_logps(model, prompts, mask, completions):
-    """What the released code does: each of the N * G rows by itself, without padding."""
-    N, G, L = completions.shape
-    logps, entropy = [], []
+    """What the released code does: each of the N * G rows by itself, here without padding."""
+    (N, G, L), logps, entropy = completions.shape, [], []
     for n in range(N):
-        prompt = prompts[n][mask[n]]
         for g in range(G):
-            canvas = torch.cat([prompt, torch.full((L,), MASK)])
-            table = model(canvas[None]).logits[0, len(prompt):].log_softmax(-1)
+            canvas = torch.cat([prompts[n][mask[n]], torch.full((L,), MASK)])
+            table = model(canvas[None]).logits[0, -L:].log_softmax(-1)
             logps.append(torch.stack([table[k, completions[n, g, k]] for k in range(L)]))
         entropy.append(-(table.exp() * table).sum(-1))
     return torch.stack(logps).view(N, G, L), torch.stack(entropy)
@@ -931,161 +666,136 @@ def row_by_row_logps(model, prompts, mask, completions):
 def test_one_forward_for_the_group_has_the_loss_and_gradient_of_row_by_row():
     model = tiny_model(1)
     prompts, mask = igpo.pad_left([[1, 2, 3], [4, 5, 6, 7, 8]], END)
-    completions = torch.randint(0, MASK, (2, 4, 7), generator=torch.Generator().manual_seed(0))
-    weights = torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(1))
-    gradients = []
+    completions = torch.randint(0, MASK, (2, 4, 7), generator=igpo.seeded(0))
+    weights, found = torch.randn(2, 4, 7, generator=igpo.seeded(1)), []
     for logps, entropy in (igpo.completion_logps(model, prompts, completions, prompt_mask=mask),
                            row_by_row_logps(model, prompts, mask, completions)):
         model.zero_grad()
         (logps * weights).sum().backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-        results = (logps, entropy)
-        if len(gradients) == 1:
-            shared = results
-    assert torch.allclose(shared[0], results[0], atol=1e-4) and torch.allclose(shared[1], results[1], atol=1e-4)
-    for a, b in zip(*gradients):
-        assert torch.allclose(a, b, atol=1e-3 * b.abs().max().item() + 1e-6)
-    assert not shared[1].requires_grad  # the entropy selects tokens; nothing is optimised through it
+        found.append((logps, entropy, *[p.grad.clone() for p in model.parameters()]))
+    for a, b in zip(*found):
+        assert torch.allclose(a, b, atol=1e-3 * max(b.abs().max().item(), 0.1))
+    assert not found[0][1].requires_grad  # the entropy selects; nothing is optimised through it
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 7. The IGPO objective
 
 
 def test_advantages_are_centred_and_not_scaled():
-    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [3.75, 0.75, 0.75, 0.75]])
-    assert torch.allclose(igpo.group_advantages(rewards), torch.tensor(
-        [[0.75, -0.25, -0.25, -0.25], [0.5, 0.5, -0.5, -0.5], [0, 0, 0, 0], [2.25, -0.75, -0.75, -0.75]]))
-
-
-def test_theorem_1():
-    """All wrong: no variance, no gradient. K of G swapped in: mean A^2 = rho (1 - rho) with rho = K / G."""
-    for right in range(G + 1):
-        out = roll(Draw([[0] * G], [[1] * right + [0] * (G - right)]), 1, lam=0.5)
-        A = igpo.group_advantages(out.correct.float())
-        rho = min(right, 4) / G
-        assert A.square().mean().item() == pytest.approx(rho * (1 - rho))
-        assert A.mean().item() == pytest.approx(0, abs=1e-7)
+    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [3.75, 0.75, 0.75, 0.75]])
+    want = torch.tensor([[0.75, -0.25, -0.25, -0.25], [0.5, 0.5, -0.5, -0.5],
+                         [2.25, -0.75, -0.75, -0.75]])
+    assert torch.allclose(igpo.group_advantages(rewards), want)
+    assert torch.equal(igpo.group_advantages(rewards[:2].bool()), want[:2])
+    assert torch.equal(igpo.group_advantages(rewards[:2].int()), want[:2])
+    assert igpo.group_advantages(rewards.double()).dtype == torch.float64
 
 
 def test_entropy_filter_keeps_the_most_uncertain_hint_tokens():
     entropy = torch.tensor([[0.5, 3.0, 0.1, 2.0, 9.0, 1.0, 0.7, 0.2, 0.3, 0.4]])
-    hints = torch.tensor([[[True, True, True, True, False, True, False, False, False, False],
-                           [False] * 10, [True] * 10]])  # (N = 1, G = 3, L = 10)
-    free = ~hints
-    for keep, kept in [(1e-6, ([1], [4])), (0.2, ([1], [1, 4])), (0.4, ([1, 3], [1, 3, 4, 5])), (1.0, ([0, 1, 2, 3, 5], list(range(10)))),
-                       (0.0, ([], []))]:
+    hints = torch.zeros(1, 3, 10, dtype=torch.bool)  # (N = 1, G = 3, L = 10)
+    hints[0, 0, [0, 1, 2, 3, 5]] = hints[0, 2] = True
+    for keep, some, every in [(1e-5, [1], [4]), (0.2, [1], [1, 4]), (0.4, [1, 3], [1, 3, 4, 5]),
+                              (1.0, [0, 1, 2, 3, 5], list(range(10))), (0.0, [], [])]:
         learn = igpo.entropy_filter(entropy, hints, keep)
-        assert learn.shape == hints.shape and learn[free].all()  # every generated token learns
-        assert (learn & hints)[0, 0].nonzero().flatten().tolist() == kept[0], keep
-        assert (learn & hints)[0, 2].nonzero().flatten().tolist() == kept[1], keep
-    assert torch.equal(igpo.entropy_filter(entropy[0], hints[0, 0], 0.2), igpo.entropy_filter(entropy, hints, 0.2)[0, 0])
-    assert igpo.entropy_filter(torch.rand(170), torch.ones(170).bool(), 0.3).sum() == 51  # not 52 by rounding
+        assert learn[~hints].all()  # every generated token learns
+        assert (learn & hints)[0, 0].nonzero().flatten().tolist() == some
+        assert (learn & hints)[0, 2].nonzero().flatten().tolist() == every
+    assert torch.equal(igpo.entropy_filter(entropy[0], hints[0, 0], 0.2),
+                       igpo.entropy_filter(entropy, hints, 0.2)[0, 0])
+    assert igpo.entropy_filter(torch.rand(170), torch.ones(170).bool(), 0.3).sum() == 51
 
 
 def naive_policy_loss(logps, old, ref, A, mask, epsilon, beta, per_token):
-    total = 0.0
-    N, G, L = logps.shape
+    total, (N, G, L) = 0.0, logps.shape
     for n in range(N):
         for g in range(G):
             places = [k for k in range(L) if mask[n, g, k]]
-            if not places:
-                continue
-            sequence = math.exp(sum(logps[n, g, k].item() - old[n, g, k].item() for k in places) / len(places))
-            for k in places:
-                rho = math.exp(logps[n, g, k].item() - old[n, g, k].item()) if per_token else sequence
-                a = A[n, g].item()
-                gain = min(rho * a, min(max(rho, 1 - epsilon), 1 + epsilon) * a)
+            ratios = [logps[n, g, k].item() - old[n, g, k].item() for k in places]
+            for k, log_ratio in zip(places, ratios):
+                rho = math.exp(log_ratio if per_token else sum(ratios) / len(ratios))
+                clipped, a = min(max(rho, 1 - epsilon), 1 + epsilon), A[n, g].item()
                 d = ref[n, g, k].item() - logps[n, g, k].item()
-                total += (gain - beta * (math.exp(d) - d - 1)) / len(places)
+                kl = math.exp(d) - d - 1
+                total += (min(rho * a, clipped * a) - beta * kl) / len(places)
     return -total / (N * G)
 
 
 @pytest.mark.parametrize("ratio", ["sequence", "token"])
 def test_policy_loss_is_the_formula(ratio):
-    g = torch.Generator().manual_seed(0)
-    logps, old, ref = (-torch.rand(2, 4, 6, generator=g) * 3 for _ in range(3))
+    g = igpo.seeded(2)
+    logps, old, ref = (-torch.rand(2, 4, 6, generator=g) * 4 for _ in range(3))
     A, mask = torch.randn(2, 4, generator=g), torch.rand(2, 4, 6, generator=g) < 0.7
     mask[1, 3] = False  # a response of which nothing learns adds nothing, and no nan
-    loss, metrics = igpo.policy_loss(logps, old, ref, A, mask, epsilon=0.2, beta=0.3, ratio=ratio)
-    assert loss.item() == pytest.approx(naive_policy_loss(logps, old, ref, A, mask, 0.2, 0.3, ratio == "token"), rel=1e-5)
-    swapped, _ = igpo.policy_loss(old, logps, ref, A, mask, epsilon=0.2, beta=0.3, ratio=ratio)
-    assert abs(loss.item() - swapped.item()) > 1e-3
+    settings = dict(epsilon=0.2, beta=0.3, ratio=ratio)
+    loss, metrics = igpo.policy_loss(logps, old, ref, A, mask, **settings)
+    want = naive_policy_loss(logps, old, ref, A, mask, 0.2, 0.3, ratio == "token")
+    assert loss.item() == pytest.approx(want, rel=1e-5)
     assert metrics["kl"] > 0 and 0 < metrics["clip_fraction"] < 1
+    with pytest.raises(ValueError, match="'sequence' or 'token'"):
+        igpo.policy_loss(logps, old, ref, A, mask, ratio="word")
 
 
 def test_policy_gradient_by_hand():
-    """On policy, the gradient of token k of response i is -A_i / (G |o_i|), and zero where the mask is off."""
+    """On policy, token k of response i has the gradient -A_i / (G |o_i|); none where masked."""
     logps = torch.zeros(1, 2, 3, requires_grad=True)
     mask = torch.tensor([[[True, True, False], [True, False, False]]])
-    loss, metrics = igpo.policy_loss(logps, torch.zeros(1, 2, 3), None, torch.tensor([[0.5, -0.5]]), mask, beta=0.0)
+    A = torch.tensor([[0.5, -0.5]])
+    loss, metrics = igpo.policy_loss(logps, torch.zeros(1, 2, 3), None, A, mask, beta=0.0)
     loss.backward()
     assert torch.allclose(logps.grad, torch.tensor([[[-0.125, -0.125, 0], [0.25, 0, 0]]]))
     assert metrics == {"kl": 0.0, "ratio": 1.0, "clip_fraction": 0.0}
 
 
-@pytest.mark.parametrize("shift, A, moves", [(0.5, 1.0, False), (0.5, -1.0, True), (-0.5, 1.0, True), (-0.5, -1.0, False)])
+@pytest.mark.parametrize("shift, A, moves", [(0.5, 1.0, False), (0.5, -1.0, True),
+                                             (-0.5, 1.0, True), (-0.5, -1.0, False)])
 def test_the_clip_stops_only_what_went_too_far(shift, A, moves):
-    logps = torch.full((1, 1, 4), shift, requires_grad=True)
-    loss, _ = igpo.policy_loss(logps, torch.zeros(1, 1, 4), None, torch.tensor([[A]]), torch.ones(1, 1, 4).bool(), beta=0.0)
+    logps, mask = torch.full((1, 1, 4), shift, requires_grad=True), torch.ones(1, 1, 4).bool()
+    loss, metrics = igpo.policy_loss(logps, torch.zeros(1, 1, 4), None, torch.tensor([[A]]), mask,
+                                     beta=0.0)
     loss.backward()
-    assert bool(logps.grad.abs().sum() > 0) == moves
+    assert bool(logps.grad.abs().sum() > 0) == moves and metrics["clip_fraction"] == 1 - moves
 
 
 def test_the_kl_pulls_towards_the_reference():
-    logps = torch.full((1, 1, 2), -1.0, requires_grad=True)
-    ref = torch.tensor([[[-0.5, -2.0]]])
-    loss, metrics = igpo.policy_loss(logps, logps.detach(), ref, torch.zeros(1, 1), torch.ones(1, 1, 2).bool(), beta=1.0)
-    assert metrics["kl"] == pytest.approx(((math.exp(0.5) - 1.5) + (math.exp(-1) - 0)) / 2)
+    logps, ref = torch.full((1, 1, 2), -1.0, requires_grad=True), torch.tensor([[[-0.5, -2.0]]])
+    mask = torch.ones(1, 1, 2).bool()
+    loss, metrics = igpo.policy_loss(logps, logps.detach(), ref, torch.zeros(1, 1), mask, beta=1.0)
+    assert metrics["kl"] == pytest.approx((math.exp(0.5) - 1.5 + math.exp(-1)) / 2)
     loss.backward()
-    assert logps.grad[0, 0, 0] < 0 < logps.grad[0, 0, 1]  # descent raises the first and lowers the second
+    assert logps.grad[0, 0, 0] < 0 < logps.grad[0, 0, 1]  # descent raises the one, lowers the other
 
 
 def test_an_update_makes_right_responses_likelier():
-    """The sign of everything at once: through model, log-probabilities, advantages, loss and optimizer."""
-    model = tiny_model(1)
-    prompts, completions = random_prompts(2, 5), torch.randint(0, MASK - 1, (2, 4, 6), generator=torch.Generator().manual_seed(0))
+    """The sign of everything at once: model, log-probabilities, advantages, loss, optimizer."""
+    model, prompts = tiny_model(1), random_prompts(2, 5)
+    completions = torch.randint(0, MASK - 1, (2, 4, 6), generator=igpo.seeded(0))
     rewards = torch.tensor([[1.0, 0, 0, 0], [0, 1, 1, 0]])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    def gap():
-        logps = igpo.completion_logps(model, prompts, completions)[0].sum(-1)
-        return (logps[rewards == 1].mean() - logps[rewards == 0].mean()).item()
-    with torch.no_grad():
-        before, old = gap(), igpo.completion_logps(model, prompts, completions)[0]
-    for _ in range(3):
-        loss = igpo.policy_loss(igpo.completion_logps(model, prompts, completions)[0], old, old, igpo.group_advantages(rewards),
-                                torch.ones_like(completions).bool())
-        metrics = igpo.update(model, optimizer, iter([loss]), 1, 1.0)
-        assert math.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
-    assert gap() > before + 0.05
+    optimizer = torch.optim.AdamW(model.parameters())
+    old, gaps = igpo.completion_logps(model, prompts, completions)[0].detach(), []
+    for _ in range(4):
+        logps = igpo.completion_logps(model, prompts, completions)[0]
+        mean = [logps.sum(-1)[rewards == right].mean().item() for right in (1, 0)]
+        gaps.append(mean[0] - mean[1])
+        loss, _ = igpo.policy_loss(logps, old, old, igpo.group_advantages(rewards),
+                                   torch.ones_like(completions).bool())
+        loss.backward()
+        assert igpo.optimizer_step(model, optimizer, 1e-3, 1.0) > 0
+    assert gaps[-1] > gaps[0] + 0.05
 
 
-def test_update_averages_its_parts():
-    prompts, completions = random_prompts(4, 5), random_prompts(4, 6, 2)
-    def grads(parts):
-        model = tiny_model(1)
-        seen = []
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        optimizer.register_step_pre_hook(lambda *_: seen.extend(p.grad.clone() for p in model.parameters()))
-        logps = (igpo.completion_logps(model, q, o[:, None])[0].mean() for q, o in zip(prompts.split(parts), completions.split(parts)))
-        igpo.update(model, optimizer, ((x, {"x": 2.0}) for x in logps), 4 // parts, 1e9)
-        return seen
-    for a, b in zip(grads(4), grads(1)):
-        assert torch.allclose(a, b, atol=1e-4 * b.abs().max().item() + 1e-7)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 8. The SFT objective
 
 
 def test_sft_loss_is_the_formula():
     model, B, L = tiny_model(1), 3, 8
-    prompts, completions = random_prompts(B, 5), torch.cat([random_prompts(B, L - 3, 2), torch.full((B, 3), END)], 1)
-    loss, metrics = igpo.sft_loss(model, prompts, completions, generator=torch.Generator().manual_seed(7))
-    g = torch.Generator().manual_seed(7)
-    t = torch.rand(1, 1, generator=g)
-    t = torch.cat([t, (t + 1 / 3) % 1, (t + 2 / 3) % 1]).clamp(min=1e-3)  # (B, 1), spread evenly
-    masked = torch.rand(B, L, generator=g) < t
+    prompts = random_prompts(B, 5)
+    completions = torch.cat([random_prompts(B, L - 3, 2), torch.full((B, 3), END)], 1)
+    t = torch.tensor([0.3, 0.6, 0.9])
+    loss, metrics = igpo.sft_loss(model, prompts, completions, t=t, generator=igpo.seeded(7))
+    masked = torch.rand(B, L, generator=igpo.seeded(7)) < t[:, None]
     assert masked[:, -3:].any() and not masked.all()  # the padding is trained too
     total, nll = 0.0, 0.0
     for b in range(B):
@@ -1097,1109 +807,1096 @@ def test_sft_loss_is_the_formula():
                 nll -= logp[k, completions[b, k]].item()
     assert loss.item() == pytest.approx(total / (B * L), rel=1e-4)
     assert metrics["nll"] == pytest.approx(nll / masked.sum().item(), rel=1e-4)
+    shares = [igpo.sft_loss(model, prompts, completions, generator=igpo.seeded(s))[1]["masked"]
+              for s in range(60)]
+    assert 0.4 < statistics.mean(shares) < 0.6  # t ~ U(0, 1) where none is given
 
 
 def test_sft_loss_with_nothing_masked_is_zero_and_finite():
-    model = tiny_model(1)
-    for seed in range(100):
-        loss, metrics = igpo.sft_loss(model, random_prompts(1, 3), random_prompts(1, 1, 2), generator=igpo.seeded(seed))
-        if metrics["masked"] == 0:
-            break
-    assert loss.item() == 0
+    t = torch.tensor([1e-3])
+    loss, metrics = igpo.sft_loss(tiny_model(1), random_prompts(1, 3), random_prompts(1, 4), t=t)
+    assert loss.item() == 0 and metrics == {"nll": 0.0, "masked": 0.0}
     loss.backward()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 9. Data
+# --------------------------------------------------------------------------------------------------
+# Each public function lifts out of igpo.py with the names that it needs, and nothing else.
+
+LIFTS = {"load_model": 170, "sample": 160, "make_hint": 30, "grade": 150, "rollout": 75,
+         "completion_logps": 60, "group_advantages": 30, "entropy_filter": 30, "policy_loss": 40,
+         "sft_loss": 60}
+SOURCE = (HERE / "igpo.py").read_text()
 
 
-def write(path, *rows):
-    path.write_text("".join(json.dumps(r) + "\n" if not isinstance(r, str) else r + "\n" for r in rows))
-    return str(path)
+def lifted(name):
+    """-> a namespace with this function and what it needs, and the lines that had to be copied"""
+    defined, imports = {}, {}
+    for node in ast.parse(SOURCE).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            imports |= {(a.asname or a.name).split(".")[0]: node for a in node.names}
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            defined.setdefault(node.name, []).append(node)
+        else:  # an assignment, or a loop that fills a table
+            for target in ast.walk(node):
+                if isinstance(target, ast.Name) and (isinstance(node, ast.For)
+                                                     or isinstance(target.ctx, ast.Store)):
+                    defined.setdefault(target.id, []).append(node)
+    wanted, nodes = [name], []
+    while wanted:
+        need = wanted.pop()
+        for node in defined.get(need, [imports.get(need)]):
+            if node is not None and node not in nodes:
+                nodes.append(node)
+                wanted += [n.id for n in ast.walk(node) if isinstance(n, ast.Name)]
+    nodes.sort(key=lambda node: node.lineno)
+    namespace = {"__name__": "lifted"}
+    exec(compile(ast.Module(nodes, []), "lifted", "exec"), namespace)
+    copied = [n for n in nodes if not isinstance(n, (ast.Import, ast.ImportFrom))]
+    starts = [min([n.lineno] + [d.lineno for d in getattr(n, "decorator_list", [])])
+              for n in copied]
+    return namespace, sum(n.end_lineno - start + 1 for n, start in zip(copied, starts))
 
 
-META = [{"type": "GSM_AnsAug", "query": "What is 2+3?", "response": "2+3 = 5\n#### 5\nThe answer is: 5"},
-        {"type": "GSM_AnsAug", "query": "What is 2+3?", "response": "Again 2+3 = 5\nThe answer is: 5"},
-        {"type": "GSM_Rephrased", "query": "Tell me 2+3", "response": "5\nThe answer is: 5"},
-        {"type": "MATH_AnsAug", "query": "Half?", "response": "It is $\\boxed{\\frac{1}{2}}$.\nThe answer is: \\frac{1}{2}"},
-        {"type": "GSM_AnsAug", "query": "Words?", "response": "Five.\n#### 5\nThe answer is: 5"}]
+def lift_calls(folder):
+    model, ids, tail = tiny_model(2), random_prompts(1, 3), random_prompts(2, 4)
+    part, one = torch.zeros(1, 2, 4), torch.ones(1, 2)
+    return {
+        "load_model": lambda f: f(llada(folder))[0].config.mask_token_id,
+        "sample": lambda f: f(model, ids, gen_length=4, block_length=2, steps=4),
+        "make_hint": lambda f: f(ids[0], 1, gen_length=40, mask_id=MASK),
+        "grade": lambda f: f(r"\boxed{x+1}", "1+x"),
+        "rollout": lambda f: f(Draw([[0] * G], [[1] * G]), lambda c, a: c[0] == a, ids, ids > 0,
+                               [1], [torch.arange(9)], [igpo.seeded(0)], mask_id=MASK, room=0),
+        "completion_logps": lambda f: f(model, ids, tail[None]),
+        "group_advantages": lambda f: f(one),
+        "entropy_filter": lambda f: f(part[:, 0], part > 0, 0.2),
+        "policy_loss": lambda f: f(part, part, part, one, part == 0),
+        "sft_loss": lambda f: f(model, ids, tail[:1])}
 
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_metamath_filter_deduplication_and_answers(tmp_path, suffix):
+@pytest.mark.parametrize("name, most", LIFTS.items())
+def test_each_public_function_lifts_out(name, most, tmp_path):
+    namespace, copied = lifted(name)
+    call = lift_calls(tmp_path / "m")[name]
+    assert call(namespace[name]) is not None
+    print(f"{name}: {copied} lines copied")
+    assert copied <= most
+
+
+# --------------------------------------------------------------------------------------------------
+# The recipe (sections 9 to 11): most tests run main() on a LLaDA-format folder with random weights.
+
+
+def meta(query, response, kind="GSM_AnsAug"):
+    return {"type": kind, "query": query, "response": response}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with m (the model), meta.jsonl (MetaMathQA's columns) and sft.jsonl; the flags."""
+    folder, tokenizer = tmp_path_factory.mktemp("world"), tiny_tokenizer()
+    special = dict(mask_token_id=tokenizer.mask_token_id, pad_token_id=tokenizer.pad_token_id)
+    model = tiny_model(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **special)
+    llada_folder(folder / "m", model, tokenizer, eos_token_id=tokenizer.eos_token_id, **special)
+    pairs = [(a, b) for a in range(1, 7) for b in range(4)]
+    write_jsonl(folder / "meta.jsonl", *[meta(f"{a}.{b}=", f"{a} less {b} leaves what is\n= {a + 8}\nThe "
+                                        f"answer is: {a + 8}") for a, b in pairs])
+    write_jsonl(folder / "sft.jsonl", *[{"prompt": f"{a}.{b}=", "completion": f"{a}{b}"}
+                                  for a, b in pairs])
+    return folder
+
+
+def flags(world, out, *more, sft=True):
+    at = ["--model", world / "m", "--train_data", world / "meta.jsonl", "--out_dir", out]
+    sft = ["--sft_data", world / "sft.jsonl", "--sft_steps", 4, "--sft_batch", 4, "--sft_lr", 1e-4,
+           "--sft_length", 8] if sft else []
+    small = ("--prompts_per_step 4 --group_size 4 --gen_length 16 --diffusion_steps 4 "
+             "--block_length 8 --room 4 --min_chunk 1 --max_chunk 3 --eval_size 4 --max_steps 3 "
+             "--save_every 1 --warmup_steps 2 --mu 2 --lr 1e-4").split()
+    return [str(word) for word in [*at, *sft, *small, *more]]
+
+
+def lines_of(out, stage="rl"):
+    """The lines of one stage in metrics.jsonl, less what depends on the clock."""
+    timed = ("seconds", "tokens_per_second", "tflops")
+    return [{k: v for k, v in line.items() if not k.startswith(timed)}
+            for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+            if line["stage"] == stage]
+
+
+def arbitrary(completion, reference):
+    """In place of grade: a random model's answers are never right, and IGPO would have no work."""
+    return zlib.crc32(completion.encode()) % 8 == 0
+
+
+def same_runs(a, b):
+    for stage in "sft", "rl", "eval":
+        assert lines_of(a, stage) == lines_of(b, stage)
+    a, b = (load_file(out / "final" / "model.safetensors") for out in (a, b))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+# Wrong inputs. What to write or do in a copy of the world, the flags, and what the line must say.
+
+
+def edit_config(**changes):
+    def edit(world):
+        raw = json.loads((world / "m" / "config.json").read_text()) | changes
+        raw = {k: v for k, v in raw.items() if v != "gone"}
+        (world / "m" / "config.json").write_text(json.dumps(raw))
+    return edit
+
+
+def edit_weights(change):
+    def edit(world):
+        weights = load_file(world / "m" / "model.safetensors")
+        change(weights)
+        save_file(weights, world / "m" / "model.safetensors")
+    return edit
+
+
+def put(name, content):
+    """Replace a file; None: remove it; a number: cut it to so many bytes."""
+    def edit(world):
+        path = world / name
+        if content is None:
+            path.unlink()
+        elif isinstance(content, int):
+            path.write_bytes(path.read_bytes()[:content])
+        else:
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return edit
+
+
+def data(content, name="data.jsonl", flag="--train_data"):
+    """Such a file for --train_data; lists are rows."""
+    content = "".join(json.dumps(row) + "\n" for row in content) if isinstance(
+        content, list) else content
+    return put(name, content), f"{flag} WORLD/{name}"
+
+
+SFT = "--stage sft --sft_length 8 --sft_data WORLD/sft.jsonl"
+REWRITE = "--stage rewrite --rewriter WORLD/m --rewrite_data WORLD/sft.jsonl"
+GOOD = meta("1.1=", "The answer is: 5")
+WRONG = [
+    (None, "--preset nonsense", "no preset 'nonsense'; there are llada, toy"),
+    (None, "--preset", "--preset: expected one argument"),
+    (None, "--nonsense 1", "unrecognized arguments: --nonsense 1"),
+    (None, "--algo ppo", "--algo: invalid choice: 'ppo'"),
+    (None, "--stage train", "--stage: invalid choice: 'train'"),
+    (None, "--cache all", "--cache: invalid choice"),
+    (None, "--ratio both", "--ratio: invalid choice"),
+    (None, "--max_steps many", "--max_steps.*invalid int"),
+    (None, "--seed 1.5", "--seed.*invalid int"),
+    (None, "--resume maybe", "maybe"),
+    (None, "--lr 0", r"--lr is within 1e-12..1, not 0"),
+    (None, "--tau nan", "--tau is within 0..1, not nan"),
+    (None, "--temperature inf", "--temperature"),
+    (None, "--group_size 1", "--group_size"),
+    (None, "--lora_dropout 1", "--lora_dropout"),
+    (None, "--eta_low 0.9", "--eta_low 0.9 is above --eta_high 0.6"),
+    (None, "--min_chunk 4", "--min_chunk 4 is above --max_chunk 3"),
+    (None, "--gen_length 21", "gen_length 21 .*block_length 8"),
+    (None, "--diffusion_steps 3", "steps 3 .* 2 blocks"),
+    (None, "--stage sft", "--stage sft needs --sft_data"),
+    ("three processes", "", "--prompts_per_step 4 is no multiple of 3 processes"),
+    ("three processes", "--prompts_per_step 3 --sft_batch 4", "--sft_batch 4"),
+    ("no peft", "--lora_rank 2", "peft.*pip install peft"),
+    ("no wandb", "--wandb project", "wandb"),
+    (put("file", ""), "--out_dir WORLD/file", "file: Not a directory"),
+    (put("file", ""), "--out_dir WORLD/file/run", "file/run: Not a directory"),
+    (None, "--out_dir /proc/igpo/run", "/proc/igpo/run"),
+    (None, "--out_dir WORLD/m", "WORLD/m is not empty"),
+    (None, "--resume", "OUT/config.json: No such file"),
+    (None, "--model ./absent", "absent is no folder|no model folder"),
+    (None, "--model GSAI-ML/LLaDA-8B-Instruct", "needs GPUs"),
+    # data
+    (None, "--train_data WORLD/absent.json", "absent.json: No such file"),
+    (None, "--train_data WORLD/absent.csv", "absent.csv"),
+    (None, "--train_data WORLD/m", "WORLD/m: "),
+    (*data(""), "data.jsonl holds no rows"),
+    (*data("", "data.json"), r"data.json: Expecting value"),
+    (*data("7", "data.json"), "data.json holds no rows"),
+    (*data('{"query": "1"}', "data.json"), "data.json holds no rows"),
+    (*data("type,query\na,b\n", "data.csv"), r"data.csv, row 1: no column 'response' \(it has type,"),
+    (*data("PAR1", "data.parquet"), "data.parquet"),
+    (*data(b"\xff\xfe{}"), "data.jsonl: .*utf-8"),
+    (*data('{"type": 1}\n{oops\n'), "data.jsonl, line 2: "),
+    (*data([GOOD, None]), "row 2: no column 'type'"),
+    (*data([GOOD, 7]), "row 2: no column 'type'"),
+    (*data([GOOD, ["type"]]), "row 2: no column 'type'"),
+    (*data([{"type": "a", "question": "b"}]), r"row 1: no column 'query' \(it has type, question\)"),
+    (*data([GOOD, GOOD | {"query": None}]), "row 2: column 'query' is None, not text"),
+    (*data([GOOD | {"response": 7}]), "row 1: column 'response' is 7, not text"),
+    (*data([GOOD | {"type": ["GSM_AnsAug"]}]), "row 1: column 'type' is .*not text"),
+    (*data([GOOD, GOOD | {"query": "\ud800"}]), "row 2, column 'query': .*surrogate"),
+    (*data([meta("1", "no answer"), meta("2", "The answer is: 3", "other")]), "no row of type GSM"),
+    (*data([meta("1", "The answer is: ")]), "no row of type GSM"),
+    (*data([GOOD]), "has 1 problems, no more than --eval_size"),
+    (None, "--max_prompt_length 2", "prompts are longer than --max_prompt_length 2"),
+    (None, "--gen_length 512 --diffusion_steps 64", "prompt of 4 and a completion of 512 .* 128 positions"),
+    (None, f"{SFT} --sft_length 2", "all examples exceed"),
+    (None, f"{SFT} --sft_length 125", "prompt of 4 and a completion of 125 .* 128 positions"),
+    (*data([{"prompt": "1"}], flag=f"{SFT} --sft_data"), r"row 1: no column 'completion' \(it has"),
+    (*data([{"prompt": "1", "completion": None}], flag=f"{SFT} --sft_data"), "is None, not text"),
+    # the model
+    (put("m/config.json", None), "", "config.json: No such file|m: No such file"),
+    (put("m/config.json", ""), "", "m: Expecting value"),
+    (put("m/config.json", "[]"), "", "m: "),
+    (edit_config(n_layers="two"), "", "m: "),
+    (edit_config(d_model=None), "", "m: "),
+    (edit_config(n_heads=5), "", "m: "),
+    (edit_config(max_sequence_length="long"), "", "m: "),
+    (edit_config(mlp_hidden_size="gone"), "", "m: .*mlp_hidden_size"),
+    (edit_config(mask_token_id=None), "", "m: token None of config.json"),
+    (edit_config(mask_token_id=99), "", "m: token 99 of config.json"),
+    (edit_config(eos_token_id=None), "", "m: .*eos_token_id"),
+    (edit_config(model_type="gpt2"), "", "'gpt2' is not supported"),
+    (edit_config(alibi=True), "", "alibi"),
+    (put("m/tokenizer.json", None), "", "m has no tokenizer"),
+    (put("m/tokenizer.json", 99), "", "m: "),
+    (put("m/model.safetensors", None), "", "m: .*model.safetensors"),
+    (put("m/model.safetensors", ""), "", "m: "),
+    (put("m/model.safetensors", 5000), "", "m: "),
+    (edit_weights(lambda w: w.pop("model.transformer.ln_f.weight")), "", "1 missing .*model.norm"),
+    (edit_weights(lambda w: w.update(extra=torch.ones(2))), "", "1 unexpected weights, first extra"),
+    (edit_weights(lambda w: w.update({"model.transformer.ln_f.weight": torch.ones(7)})), "",
+     "1 mismatched weights, first model.norm.weight"),
+    (edit_config(weight_tying=True), "", "ties the head .* differs"),
+    # rewriting
+    (None, f"{REWRITE}", "row 1: no column 'problem'"),
+    (*data([{"problem": "1", "answer": "1", "solution": None}], flag=f"{REWRITE} --rewrite_data"),
+     "row 1: column 'solution.generations' is None"),
+    (*data([{"problem": "1", "answer": "1", "solution": "1"}],
+           flag=f"{REWRITE} --rewriter WORLD/absent --rewrite_data"), "absent: "),
+]
+
+
+def test_what_a_user_gets_wrong_is_one_line_that_names_it(world, tmp_path, monkeypatch, capfd):
+    failures = []
+    for number, (damage, wrong, message) in enumerate(WRONG):
+        here, out = tmp_path / f"{number}", tmp_path / f"{number}" / "run"
+        shutil.copytree(world, here)
+        with monkeypatch.context() as patch:
+            if damage == "three processes":
+                patch.setattr(igpo, "world", lambda: 3)
+            elif isinstance(damage, str):
+                patch.setitem(sys.modules, damage.removeprefix("no "), None)
+            elif damage:
+                damage(here)
+            argv = flags(here, out, *wrong.replace("WORLD", str(here)).split(), sft=False)
+            before, said = sorted(here.rglob("*")), None
+            try:
+                igpo.main(argv)
+            except igpo.UsageError as error:
+                said = str(error)
+            except BaseException as error:
+                said = f"TRACEBACK {error!r}"
+        message = message.replace("WORLD", str(here)).replace("OUT", str(out))
+        if not re.search(message, said or "") or "\n" in said or len(said) > 400:
+            failures.append(f"{wrong or damage} -> {said!r}, not {message!r}")
+        elif sorted(here.rglob("*")) != before:
+            failures.append(f"{wrong or damage} left something behind")
+    assert not failures, "\n".join(failures)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_the_default_preset_without_a_gpu_exits_with_status_2():
+    done = subprocess.run([sys.executable, "igpo.py"], cwd=HERE, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("igpo.py: ") and "python igpo.py --preset toy" in done.stderr
+
+
+def test_every_number_is_refused_or_within_its_bounds():
+    failures, checked = [], 0
+    for f in dataclasses.fields(igpo.Config):
+        bounds = f.metadata.get("metavar")
+        assert bounds or not any(kind in str(f.type) for kind in ("int", "float")), f.name
+        for word in ("nan", "inf", "-1", "0", "1e12", "1000000000000") if bounds else ():
+            try:
+                cfg = igpo.parse(igpo.Config, [f"--{f.name}", word], igpo.PRESETS)
+            except igpo.UsageError as error:
+                checked += f"--{f.name}" in str(error) and "\n" not in str(error)
+                continue
+            value, (low, high) = getattr(cfg, f.name), map(float, bounds.split(".."))
+            inside = low <= value <= high
+            checked += inside and math.isfinite(value) and value == float(word)
+            failures += [] if inside else [(f.name, word)]
+    assert not failures and checked % 6 == 0 and checked >= 6 * 35
+
+
+def test_flags_override_the_preset_which_overrides_the_defaults():
+    cfg = igpo.parse(igpo.Config, ["--preset", "toy", "--lr", "0.5", "--tau", "1"], igpo.PRESETS)
+    assert (cfg.lr, cfg.tau, cfg.model, cfg.group_size) == (0.5, 1, "toy", 8)
+    assert igpo.parse(igpo.Config, [], igpo.PRESETS) == igpo.Config()
+
+
+# Data
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
+def test_metamath_filter_deduplication_answers_and_traces(tmp_path, suffix):
+    rows = [meta("What is 2+3?", "It is\n2+3 = 5\n#### 5\nThe answer is: 5"),
+            meta("What is 2+3?", "Again 2+3 = 5\nThe answer is: 5"),
+            meta("Tell me 2+3", "5\nThe answer is: 5", "GSM_Rephrased"),
+            meta("Half?", "Half it. It is $\\frac{1}{2}$.\nThe answer is: \\frac{1}{2}", "MATH_AnsAug"),
+            meta("Words?", "Five.\n#### 5\nThe answer is: 5"), meta("None?", "It is 5.")]
     path = tmp_path / f"data{suffix}"
-    if suffix == ".json":
-        path.write_text(json.dumps(META, indent=1))
+    if suffix == ".csv":
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
     else:
-        write(path, *META)
-    problems = igpo.metamath_problems(path)
-    assert problems == [igpo.Problem("What is 2+3?", "5", "2+3 ="), igpo.Problem("Half?", "\\frac{1}{2}", "It is $"),
-                        igpo.Problem("Words?", "5", None)]
+        write_jsonl(path, *rows, "")
+    first, half, words = igpo.metamath_problems(str(path))
+    assert first[:2] == ("What is 2+3?", "5") and first.trace.startswith("It is\n2+3")
+    assert "5" not in first.trace and half[:2] == ("Half?", "\\frac{1}{2}")
+    assert half.trace.startswith("Half it. It is") and "frac" not in half.trace
+    assert words == ("Words?", "5", None)
 
 
-@pytest.mark.parametrize("content, message", [
-    (['{"type": 1, "query": 2, "response": 3}', "{not json"], r"data.jsonl, line 2: not JSON"),
-    (['{"type": 1, "query": 2, "respons": 3}'], r"row 1: no column 'response' \(it has type, query, respons\)"),
-    ([], "holds no rows"), (["[1]"], "row 1: no column"),
-    (['{"type": "other", "query": 2, "response": "3"}'], "no row of type GSM_AnsAug")])
-def test_bad_data_is_named(tmp_path, content, message):
-    with pytest.raises(igpo.UsageError, match=message):
-        igpo.metamath_problems(write(tmp_path / "data.jsonl", *content))
-    with pytest.raises(igpo.UsageError, match="no data file"):
-        igpo.metamath_problems(str(tmp_path / "absent.jsonl"))
+def test_held_out_problems_are_not_trained_on(tmp_path):
+    path = write_jsonl(tmp_path / "meta.jsonl", *[meta(f"{a}", f"The answer is: {a}") for a in range(20)])
+    cfg = igpo.parse(igpo.Config, ["--train_data", path, "--eval_size", "5"], igpo.PRESETS)
+    problems, held_out = igpo.load_problems(cfg)
+    assert (len(problems), len(held_out)) == (15, 5) and not set(problems) & set(held_out)
+    cfg = igpo.parse(igpo.Config, ["--preset", "toy", "--eval_size", "50"], igpo.PRESETS)
+    problems, held_out = igpo.load_problems(cfg)
+    assert len(held_out) == 50 and held_out != problems[:50]
 
 
-def test_prompts_too_long_are_left_out_and_counted():
-    tokenizer = igpo.toy_model(0)[1]
-    problems = [igpo.Problem("1" * n, "1", None) for n in (3, 9, 4, 12)]
-    examples, left_out = igpo.encode_problems(tokenizer, problems, 8)
-    assert [len(e.prompt) for e in examples] == [3, 4] and left_out == 2
-    with pytest.raises(igpo.UsageError, match="all 4 prompts are longer"):
-        igpo.encode_problems(tokenizer, problems, 2)
+def test_prompts_too_long_are_left_out_and_traces_stand_behind_the_opening_tag():
+    tokenizer = tiny_tokenizer()
+    problems = [igpo.Problem("1" * n, "1", "2" if n == 4 else None) for n in (3, 9, 4, 12)]
+    examples = igpo.encode_problems(tokenizer, problems, 8)
+    assert [len(e.prompt) for e in examples] == [3, 4] and examples[0].trace is None
+    assert tokenizer.decode(examples[1].trace) == "<reasoning>\n2"
+    ids, mask = igpo.pad_left([e.prompt for e in examples], 7)
+    assert ids[0].tolist() == [7, *examples[0].prompt] and mask.tolist()[0] == [False] + [True] * 3
 
 
-def test_the_chat_template_is_used_where_there_is_one():
-    tokenizer = igpo.toy_model(0)[1]
-    assert tokenizer.decode(igpo.encode_prompt(tokenizer, "2603-4512=")) == "2603-4512="
-    tokenizer.chat_template = "{% for m in messages %}<answer>{{ m['content'][-10:] }}{% endfor %}{% if add_generation_prompt %}</answer>{% endif %}"
-    ids = igpo.encode_prompt(tokenizer, "2603-4512=")
-    assert tokenizer.convert_ids_to_tokens(ids[0]) == "<answer>" and tokenizer.convert_ids_to_tokens(ids[-1]) == "</answer>"
-    assert tokenizer.decode(ids[-11:-1]) == "2603-4512="
+def test_the_chat_template_asks_for_the_form():
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.decode(igpo.encode_prompt(tokenizer, "26.45=")) == "26.45="
+    tokenizer.chat_template = ("{% for m in messages %}{{ m['role'] }}{{ m['content'] }}"
+                               "{% endfor %}{% if add_generation_prompt %}</answer>{% endif %}")
+    ids = igpo.encode_prompt(tokenizer, "26.45=")
+    words = tokenizer.convert_ids_to_tokens(ids)
+    assert "".join(words[-7:]) == "26.45=</answer>"
+    assert {"<reasoning>\n", "<answer>\n", "</answer>", "\\boxed{"} <= set(words)
 
 
 def test_batches_go_through_each_epoch_once():
     seen = [i for step in range(10) for i in igpo.batch_indices(20, 4, step, 0)]
     assert sorted(seen[:20]) == sorted(seen[20:]) == list(range(20)) and seen[:20] != seen[20:]
-    assert igpo.batch_indices(3, 7, 0, 0) and igpo.batch_indices(20, 4, 7, 0) == seen[28:32]
+    assert len(igpo.batch_indices(3, 7, 0, 0)) == 7
+    assert igpo.batch_indices(20, 4, 7, 0) == seen[28:32]  # a function of the step alone
     assert igpo.batch_indices(20, 20, 0, 1) != seen[:20]
 
 
 def test_the_toy_world():
-    for problem in igpo.toy_problems(200, 1):
-        a, b = problem.question.rstrip("=").split("-")
-        assert problem.answer == "".join(str((int(x) - int(y)) % 7) for x, y in zip(a, b)) == problem.trace
-    assert igpo.toy_problems(5, 1) == igpo.toy_problems(5, 1) != igpo.toy_problems(5, 2)
-    seen = {"right": 0, "wrong": 0, "easy": 0}
-    for row in igpo.toy_sft_rows(2000, 0):
-        a, b = row["prompt"].rstrip("=").split("-")
-        answer = igpo.committed_answer(row["completion"])
-        assert igpo.format_score(row["completion"]) == 1
-        for x, y, z in zip(map(int, a), map(int, b), map(int, answer)):
-            assert z in ((x - y) % 7, abs(x - y))
-            if x >= y:
-                seen["easy"] += 1
-            elif (x - y) % 7 != y - x:
-                seen["right" if z == (x - y) % 7 else "wrong"] += 1
-    assert seen["right"] / (seen["right"] + seen["wrong"]) == pytest.approx(0.15, abs=0.03)
+    toy, (model, tokenizer) = igpo.PRESETS["toy"], igpo.toy_model(0)
+    problems, rows = igpo.toy_problems(200, 1), igpo.toy_sft_rows(200, 1)
+    assert problems == igpo.toy_problems(200, 1) != igpo.toy_problems(200, 2)
+    assert rows == igpo.toy_sft_rows(200, 1) != igpo.toy_sft_rows(200, 2)
+    texts = [text for row in rows for text in (row["prompt"], row["completion"])]
+    texts += [text for p in problems for text in (p.question, p.trace, p.answer)]
+    for text in texts:
+        ids = tokenizer(text).input_ids
+        assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
+    assert all(igpo.grade(f"\\boxed{{{p.answer}}}", p.answer) for p in problems[:20])
+    assert all(len(tokenizer(row["completion"]).input_ids) < toy["sft_length"] for row in rows)
+    assert all(igpo.committed_answer(row["completion"]) for row in rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 11. The recipe, end to end
+# End to end
 
-SHORT = ["--preset", "toy", "--sft_steps", "6", "--sft_batch", "8", "--sft_rows_per_forward", "4", "--max_steps", "2",
-         "--prompts_per_step", "4", "--prompts_per_forward", "2", "--group_size", "4", "--eval_size", "8", "--show_every", "1"]
+CONTRACT = set(
+    "reward accuracy accuracy_after all_wrong all_wrong_after rescued hint_tokens hint_tokens_kept "
+    "empty_hints kl ratio clip_fraction entropy loss grad_norm skipped lr completion_length cache "
+    "threshold tokens_per_second seconds seconds_rollout seconds_update".split())
 
 
-def test_end_to_end(tmp_path, capsys):
-    igpo.main([*SHORT, "--out_dir", str(tmp_path / "run")])
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [(r["stage"], r["step"]) for r in lines if r["stage"] != "eval"] == [("sft", s) for s in range(1, 7)] + [("rl", 1), ("rl", 2)]
-    assert all(math.isfinite(v) for r in lines for v in r.values() if not isinstance(v, str))
-    assert {"reward", "accuracy", "accuracy_after", "all_wrong", "all_wrong_after", "rescued", "hint_tokens", "hint_tokens_kept", "kl",
-            "ratio", "clip_fraction", "entropy", "loss", "grad_norm", "lr", "completion_length", "tokens_per_second", "seconds",
-            "seconds_rollout", "seconds_update"} <= lines[-2].keys()
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert {"accuracy_start", "accuracy_sft", "accuracy_final", "all_wrong", "all_wrong_after", "steps", "seconds"} <= summary.keys()
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["preset"] == "toy"
-    start, sft, final = (igpo.load_model(tmp_path / "run" / name)[0].state_dict() for name in ("start", "sft", "final"))
-    assert all(not torch.equal(start[k], sft[k]) for k in start) and any(not torch.equal(sft[k], final[k]) for k in sft)
+def test_the_toy_recipe_with_the_fast_sampler(tmp_path, monkeypatch, capsys):
+    asked, sample = [], igpo.sample
+    monkeypatch.setattr(igpo, "sample", lambda *a, **k: asked.append(k) or sample(*a, **k))
+    out = tmp_path / "run"
+    igpo.main([*("--preset toy --sft_steps 3 --sft_batch 8 --max_steps 2 --prompts_per_step 4 "
+                 "--group_size 4 --eval_size 8 --show_every 1 --cache block --threshold 0.9 "
+                 "--out_dir").split(), str(out)])
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [(line["stage"], line["step"]) for line in lines if line["stage"] != "eval"]
+    assert steps == [("sft", 1), ("sft", 2), ("sft", 3), ("rl", 1), ("rl", 2)]
+    assert CONTRACT <= lines[-2].keys() and lines[-2]["seconds"] > 0
+    assert (lines[-2]["cache"], lines[-2]["threshold"]) == ("block", 0.9)
+    assert asked and all((k["cache"], k["threshold"]) == ("block", 0.9) for k in asked)
+    assert all(math.isfinite(v) for x in lines for v in x.values() if not isinstance(v, str))
+    summary = json.loads((out / "summary.json").read_text())
+    assert {"accuracy_start", "accuracy_sft", "accuracy_final", "all_wrong", "all_wrong_after",
+            "steps", "seconds"} <= summary.keys() and summary["steps"] == 2
+    assert json.loads((out / "config.json").read_text())["preset"] == "toy"
     assert "RL 2/2" in capsys.readouterr().out
-
-    with pytest.raises(igpo.UsageError, match="already holds a run"):
-        igpo.main([*SHORT, "--out_dir", str(tmp_path / "run")])
-    assert (tmp_path / "run" / "summary.json").exists()
-
-
-def test_sft_teaches_and_igpo_improves(tmp_path):
-    """SFT on two-token answers, then RL from all-wrong groups: a wrong sign anywhere makes accuracy fall, not rise."""
-    model, tokenizer = igpo.toy_model(0)
-    rows = [{"prompt": f"{a}=", "completion": f"{a}{a}"} for a in range(7)]
-    cfg = igpo.parse(["--preset", "toy", "--sft_steps", "60", "--sft_batch", "14", "--sft_rows_per_forward", "14", "--sft_length", "4",
-                      "--sft_lr", "5e-3", "--warmup_steps", "5"])
-    igpo.train_sft(model, tokenizer, rows, cfg, torch.device("cpu"), tmp_path)
-    losses = [line["loss"] for line in igpo.read_log(tmp_path)]
-    assert sum(losses[-10:]) < 0.3 * sum(losses[:10])
-    examples, _ = igpo.encode_problems(tokenizer, [igpo.Problem(r["prompt"], "", None) for r in rows], 99)
-    texts = [t for _, _, t, _ in igpo.answer_examples(model, tokenizer, examples, batch_size=7, gen_length=4, block_length=4, steps=4)]
-    assert sum(t == r["completion"] for t, r in zip(texts, rows)) >= 6
+    sft, final = (load_file(out / name / "model.safetensors") for name in ("sft", "final"))
+    assert any(not torch.equal(sft[name], final[name]) for name in sft)
+    left = sorted(path.relative_to(out) for path in out.rglob("*"))
+    with pytest.raises(igpo.UsageError, match="not empty.*--resume"):
+        igpo.main(["--preset", "toy", "--out_dir", str(out)])
+    assert left == sorted(path.relative_to(out) for path in out.rglob("*"))
 
 
-def test_rl_on_a_llada_folder_with_real_columns(tmp_path, capsys):
-    """The default preset's code path on a LLaDA-format folder with random weights: three steps on MetaMathQA's columns."""
+def test_sft_learns(world, tmp_path):
+    igpo.main(flags(world, tmp_path / "run", "--stage", "sft", "--sft_steps", 60, "--sft_batch", 24,
+                    "--sft_rows_per_forward", 9, "--sft_lr", 1e-2, "--warmup_steps", 9))
+    lines = lines_of(tmp_path / "run", "sft")
+    losses = [line["loss"] for line in lines]
+    assert len(losses) == 60 and sum(losses[-10:]) < 0.3 * sum(losses[:10])
+    rates = [line["lr"] for line in lines]
+    assert max(rates) == pytest.approx(1e-2) == rates[9] and rates[0] == pytest.approx(1e-3)
+    assert rates[9:] == sorted(rates[9:], reverse=True) and rates[-1] < 3e-4  # linear to zero
+    assert rates[20] - rates[30] == pytest.approx(rates[40] - rates[50])
+    assert igpo.schedule(60, 60, 9) == 0 and igpo.schedule(0, 1, 50) > 0
+
+
+def test_epochs_give_the_steps_and_max_steps_cuts(world, tmp_path, capsys):
+    """Three steps are checked against the LLaDA format, with weights in LLaDA's names again."""
+    argv = flags(world, tmp_path / "run", "--epochs", 1, "--diffusion_steps", 2, sft=False)
+    at = argv.index("--max_steps")
+    igpo.main(argv[:at] + argv[at + 2:])
+    assert "RL: 5 steps of 4 prompts" in capsys.readouterr().out  # 20 problems
+    lines = lines_of(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert CONTRACT & lines[0].keys() and not (tmp_path / "run" / "sft").exists()
+    rates = [line["lr"] / 1e-4 for line in lines]  # of the second of two updates a step
+    assert rates == pytest.approx([2 / 3, 7 / 8, 5 / 8, 3 / 8, 1 / 8])
+    igpo.main(flags(world, tmp_path / "cut", "--epochs", 9, "--diffusion_steps", 2, sft=False))
+    assert "RL: 3 steps" in capsys.readouterr().out and len(lines_of(tmp_path / "cut")) == 3
+    final = tmp_path / "cut" / "final"
+    assert "model.transformer.wte.weight" in load_file(final / "model.safetensors")
+    assert igpo.load_model(final)[0].config.max_position_embeddings == 128
+    state = json.loads((tmp_path / "cut" / "state.json").read_text())
+    assert (state["stage"], state["step"]) == ("rl", 3)  # the last step is checkpointed
+
+
+def test_updates_that_are_not_finite_change_nothing_and_end_the_run(world, tmp_path, monkeypatch):
+    model = tiny_model()
+    before = [p.clone() for p in model.parameters()]
+    (model(random_prompts(1, 3)).logits.mean() * math.nan).backward()
+    assert math.isnan(igpo.optimizer_step(model, igpo.adamw(model, 1.0), 1.0, 1.0))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert all(p.grad is None for p in model.parameters())
+    loss = igpo.policy_loss
+    monkeypatch.setattr(igpo, "policy_loss", lambda *a, **k: (loss(*a, **k)[0] * math.inf, {"kl": 0}))
+    with pytest.raises(igpo.UsageError, match="no gradient of this step was finite"):
+        igpo.main(flags(world, tmp_path / "run", "--mu", 10, sft=False))
+    assert len(lines_of(tmp_path / "run")) == 1 and not (tmp_path / "run" / "state.json").exists()
+
+
+# Rewriting
+
+
+def test_rewriting_keeps_what_is_short_in_form_and_right(world, tmp_path, monkeypatch, capsys):
     tokenizer = tiny_tokenizer()
-    vocab = len(tokenizer)
-    tiny = tiny_model(vocab_size=vocab, mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id,
-                      pad_token_id=tokenizer.pad_token_id)
-    folder = llada_folder(tmp_path / "llada", tiny, tokenizer, mask_token_id=tokenizer.mask_token_id,
-                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
-    data = write(tmp_path / "meta.jsonl", *[{"type": "GSM_AnsAug", "query": f"{a}-{b}=", "response": f"{a}-{b}={a - b}\nThe answer is: {a - b}"}
-                                            for a in range(7) for b in range(7)])
-    igpo.main(["--model", str(folder), "--train_data", data, "--max_steps", "3", "--prompts_per_step", "2", "--group_size", "2",
-               "--rows_per_call", "4", "--gen_length", "16", "--diffusion_steps", "8", "--block_length", "8", "--eval_size", "4",
-               "--out_dir", str(tmp_path / "run")])
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in lines if r["stage"] == "rl"] == [1, 2, 3]
-    assert "model.transformer.wte.weight" in load_file(tmp_path / "run" / "final" / "model.safetensors")
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--preset", "nonsense"], "no preset 'nonsense'; there are llada, toy"),
-    (["--preset", "toy", "--nonsense", "1"], "unrecognized arguments: --nonsense"),
-    (["--preset", "toy", "--algo", "ppo"], "invalid choice: 'ppo'"),
-    (["--preset", "toy", "--max_steps", "many"], "invalid int value"),
-    (["--preset", "toy", "--gen_length", "21"], "--gen_length 21 is not divisible by --block_length"),
-    (["--preset", "toy", "--diffusion_steps", "7"], "--diffusion_steps 7 is not divisible by the number of blocks"),
-    (["--preset", "toy", "--prompts_per_step", "40"], "share of --prompts_per_step is 40, so --prompts_per_forward can be 1, 2, 4, 5, 8, 10, 20, 40, not 16"),
-    (["--preset", "toy", "--eta_low", "0.9"], "--eta_low 0.9"),
-    (["--preset", "toy", "--block_length", "0"], "--block_length is at least 1, not 0"),
-    (["--preset", "toy", "--mu", "0"], "--mu is at least 1, not 0"),
-    (["--preset", "toy", "--resume", "--overwrite"], "--resume and --overwrite are opposites"),
-    (["--preset", "toy", "--train_data", "absent.jsonl"], "no data file at absent.jsonl"),
-    (["--preset", "toy", "--stage", "sft", "--sft_data", "absent.jsonl"], "no data file at absent.jsonl"),
-    (["--preset", "toy", "--model", "./absent"], "needs GPUs|no model folder")])
-def test_what_a_user_gets_wrong_is_one_line(tmp_path, flags, message):
-    with pytest.raises(igpo.UsageError, match=message) as error:
-        igpo.main([*flags, "--out_dir", str(tmp_path / "run")])
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_the_default_preset_without_a_gpu_exits_at_once_with_status_2():
-    done = subprocess.run([sys.executable, "igpo.py"], cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 2 and "python igpo.py --preset toy" in done.stderr and done.stderr.count("\n") == 1
-
-
-def test_a_batch_that_cannot_be_split_names_the_numbers_that_can(monkeypatch):
-    monkeypatch.setattr(igpo, "world", lambda: 7)
-    with pytest.raises(igpo.UsageError, match="--x 12 cannot be split over 7 processes, but over 1, 2, 3, 4, 6, 12"):
-        igpo.check_split(12, 1, "--x", "--y")
-    igpo.check_split(14, 8, "--x", "--y")  # a share smaller than a pass is one pass
-
-
-def test_overwrite_deletes_nothing_but_a_run(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.txt").write_text("precious")
-    with pytest.raises(igpo.UsageError, match="no data file"):
-        igpo.main([*SHORT, "--out_dir", str(tmp_path / "run"), "--overwrite", "--train_data", "absent.jsonl"])
-    assert (tmp_path / "run" / "thesis.txt").exists()
-
-
-def test_held_out_problems_are_not_trained_on(tmp_path):
-    path = write(tmp_path / "meta.jsonl", *[{"type": "GSM_AnsAug", "query": f"{a}", "response": f"{a}\nThe answer is: {a}"} for a in range(20)])
-    train, held_out = igpo.load_problems(path, igpo.parse(["--eval_size", "5"]))
-    assert len(train) == 15 and len(held_out) == 5 and not {p.question for p in train} & {p.question for p in held_out}
-    assert len(igpo.load_problems(path, igpo.parse(["--eval_size", "50", "--eval_data", path]))[0]) == 20
-    with pytest.raises(igpo.UsageError, match="has 20 problems, not more than --eval_size 50"):
-        igpo.load_problems(path, igpo.parse(["--eval_size", "50"]))
-
-
-def test_flags_override_the_preset():
-    assert igpo.parse([]).lr == 5e-7 and igpo.parse([]).group_size == 8
-    toy = igpo.parse(["--preset", "toy", "--lr", "0.5", "--tau", "1"])
-    assert toy.lr == 0.5 and toy.tau == 1 and toy.model == "toy"
-
-
-def test_show_a_group_and_its_denoising(capsys):
-    model, tokenizer = igpo.toy_model(0)
-    def ids(text):
-        return torch.tensor(tokenizer(text).input_ids + [tokenizer.eos_token_id])
-    right, wrong = (ids(f"<reasoning>\n{a}</reasoning><answer>\\boxed{{{a}}}</answer>") for a in ("5161", "3161"))
-    hinted = torch.zeros(1, 2, 16, dtype=torch.bool)
-    hinted[0, 0, 2:4] = True
-    learning = torch.ones(1, 2, 16, dtype=torch.bool)
-    learning[0, 0, 3] = False
-    roll = igpo.Rollout(torch.stack([right, wrong])[None], hinted, None, torch.stack([wrong, wrong])[None], None, torch.tensor([[True, False]]))
-    lines = igpo.show_group(tokenizer, roll, learning, model.config).splitlines()
-    assert lines[0].split() == ["wrong", "<reasoning>", "\\n", *"3161", "</reasoning>", "<answer>", "\\boxed{", *"3161", "}", "</answer>", "<end>"]
-    assert lines[1].split()[3:7] == ["5", "1", "_", "_"] and lines[2].split()[3:7] == list("5161")
-    assert lines[3].split()[1:3] == ["^", "."] and lines[3].index("^") == lines[1].index("5")
-    hint = torch.where(hinted[0, 0], right, tokenizer.mask_token_id)
-    igpo.show_denoising(model, tokenizer, ids("2603-4512=")[:-1], hint, learning[0, 0], dict(gen_length=16, block_length=8, steps=4), seconds=0)
-    frames = capsys.readouterr().out.split("\r")[1:]
-    assert len(frames) == 1 + 4 and frames[0].count("_") == 14 and "\033[33;4m5\033[0m \033[33m1\033[0m" in frames[-1]
-    assert "_" not in frames[-1]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rewriting traces
-
-
-def test_rewritten_traces_are_kept_or_counted_by_reason(tmp_path):
-    tokenizer = igpo.toy_model(0)[1]
-    rows = [{"problem": f"p{i}", "generations": [f"long {i}"], "answer": "5"} for i in range(7)]
-    good = "<reasoning>2+3=5</reasoning>\n<answer>\\boxed{5}</answer>"
-    answers = {0: good, 1: good.replace("{5}", "{4}"), 2: good.replace("</reasoning>", ""), 3: good.replace("2+3", "2+3" * 40), 4: good}
-    asked = []
-    def rewrite(requests):
-        numbers = [int(request.split("Problem:\np")[1].split("\n")[0]) for request in requests]
-        assert all(f"long {i}" in request for i, request in zip(numbers, requests))
-        asked.extend(numbers)
-        if 5 in numbers:
-            raise KeyboardInterrupt  # killed
-        return [answers[i] for i in numbers]
-    part, settings = tmp_path / "rewritten.0.jsonl", dict(max_tokens=60, batch_size=3)
-    with pytest.raises(KeyboardInterrupt):
-        igpo.rewrite_traces(list(enumerate(rows)), rewrite, tokenizer, part, **settings)
-    with open(part, "a") as file:
-        file.write('{"row": 3, "verd')  # half a line
-    kept, counts, done = igpo.collect_traces(tmp_path)
-    assert set(done) == {0, 1, 2} and counts == {"kept": 1, "wrong answer": 1, "bad format": 1}
-    answers |= {5: good, 6: good}
-    asked.clear()
-    igpo.rewrite_traces(list(enumerate(rows))[:5], rewrite, tokenizer, part, done=done, **settings)
-    assert asked == [3, 4]
-    kept, counts, _ = igpo.collect_traces(tmp_path)
-    assert counts == {"kept": 2, "wrong answer": 1, "bad format": 1, "too long": 1}
-    assert kept == [{"prompt": "p0", "completion": good}, {"prompt": "p4", "completion": good}]
-
-
-def test_rewrite_stage_with_a_tiny_causal_model(tmp_path, monkeypatch):
-    """The real generation code on random weights, whose traces are all useless, and then on a rewriter that is right."""
-    _, tokenizer = igpo.toy_model(0)
     torch.manual_seed(0)
-    causal = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-                                          num_attention_heads=4, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id))
-    causal.save_pretrained(tmp_path / "rewriter")
-    tokenizer.save_pretrained(tmp_path / "rewriter")
-    data = write(tmp_path / "data.jsonl", *[{"problem": f"{a}-1=", "solution": "x", "answer": str(a - 1)} for a in range(1, 5)])
-    flags = ["--preset", "toy", "--stage", "rewrite", "--rewrite_data", data, "--rewriter", str(tmp_path / "rewriter"), "--rewrite_max_tokens", "30"]
-    with pytest.raises(igpo.UsageError, match="none of 4 rewritten traces"):
-        igpo.main([*flags, "--out_dir", str(tmp_path / "run")])
-    monkeypatch.setattr(igpo, "load_rewriter", lambda *_: lambda requests: [
-        f"<reasoning>1</reasoning><answer>\\boxed{{{int(r.split('Problem:' + chr(10))[1][0]) - 1}}}</answer>" for r in requests])
-    igpo.main([*flags, "--out_dir", str(tmp_path / "again")])
-    rows = igpo.read_rows(str(tmp_path / "again" / "traces.jsonl"), ("prompt", "completion"))
-    assert [r["prompt"] for r in rows] == ["1-1=", "2-1=", "3-1=", "4-1="]
-    igpo.main([*SHORT, "--rewrite_data", data, "--out_dir", str(tmp_path / "all"), "--rewrite_max_tokens", "30", "--sft_length", "32"])
-    assert {"accuracy_sft", "accuracy_final"} <= json.loads((tmp_path / "all" / "summary.json").read_text()).keys()
-    with pytest.raises(igpo.UsageError, match="--rewriter .*absent cannot be loaded"):
-        monkeypatch.undo()
-        igpo.main([*flags[:-4], "--rewriter", str(tmp_path / "absent"), "--out_dir", str(tmp_path / "bad")])
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, eos_token_id=tokenizer.eos_token_id)).save_pretrained(tmp_path / "w")
+    tokenizer.save_pretrained(tmp_path / "w")
+    data = write_jsonl(tmp_path / "data.jsonl", *[
+        {"problem": f"{a}.1=", "answer": str(a - 1)} | ({"generations": [f"6{a}", "x"]} if a % 2
+                                                        else {"solution": f"6{a}"})
+        for a in range(1, 7)])
+    argv = [*"--preset toy --stage rewrite --sft_length 24 --rewrite_batch 2 --rewrite_data".split(),
+            data, "--rewriter", str(tmp_path / "w"), "--out_dir"]
+    igpo.main([*argv, str(tmp_path / "useless")])  # the real pipeline, of random weights
+    assert "0 of 6 rewritten traces" in capsys.readouterr().out
+    assert len((tmp_path / "useless" / "rewritten.0.jsonl").read_text().splitlines()) == 6
+
+    good = "<reasoning>\n1\n</reasoning>\n<answer>\n\\boxed{ANSWER}\n</answer>"
+    forms = {3: good.replace("1", "1" * 30), 4: "\\boxed{ANSWER}", 5: good.replace("ANSWER", "6")}
+    asked = []
+
+    class Rewriter:
+        def __init__(self):
+            self.tokenizer = tiny_tokenizer()
+
+        def __call__(self, requests, **options):
+            numbers = [int(re.search(r"Problem:\n(\d)\.1=", request)[1]) for request in requests]
+            assert all(f"Solution:\n6{a}" in request for a, request in zip(numbers, requests))
+            if 5 in numbers and 5 not in asked:
+                asked.extend(numbers)
+                raise Interrupted
+            asked.extend(numbers)
+            return [[{"generated_text": forms.get(a, good).replace("ANSWER", str(a - 1))}]
+                    for a in numbers]
+
+    monkeypatch.setattr(igpo.transformers, "pipeline", lambda *_, **__: Rewriter())
+    out = tmp_path / "run"
+    rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
+    write_jsonl(Path(data), *rows[:2], *rows[4:], *rows[2:4])  # 3 and 4 come after the interruption
+    with pytest.raises(Interrupted):
+        igpo.main([*argv, str(out)])
+    with open(out / "rewritten.0.jsonl", "a") as file:
+        file.write('{"row": 2, "verd')  # a kill left half a line
+    igpo.main([*argv, str(out), "--resume"])
+    assert asked == [1, 2, 5, 6, 5, 6, 3, 4]
+    lines = [json.loads(line) for line in (out / "rewritten.0.jsonl").read_text().splitlines()]
+    verdicts = {line["prompt"][0]: line["verdict"] for line in lines}
+    assert verdicts == {"1": "kept", "2": "kept", "3": "too long", "4": "bad form",
+                        "5": "wrong answer", "6": "kept"} and len(lines) == 6
+    kept = igpo.read_rows(out / "traces.jsonl", {"prompt": str, "completion": str})
+    assert [row["prompt"] for row in kept] == ["1.1=", "2.1=", "6.1="]
+    assert kept[2]["completion"] == good.replace("ANSWER", "5")
 
 
-def test_trace_noise_replaces_a_share_of_the_tokens():
-    tokenizer = igpo.toy_model(0)[1]
-    examples, _ = igpo.encode_problems(tokenizer, igpo.toy_problems(400, 0), 99)
-    noisy = igpo.add_trace_noise(examples, 0.5, igpo.seeded(0))
-    same = torch.stack([a.trace == b.trace for a, b in zip(examples, noisy)]).float().mean()
-    assert 0.5 < same < 0.65 and [a.prompt for a in examples] == [b.prompt for b in noisy]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 10. Processes and checkpoints
-
-
-def torchrun(*command, processes=2, **options):
-    """Run igpo.py, or a script given as the first word, on two CPU processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=240, **options)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
-
-
-def metrics_of(folder, stage="rl"):
-    """The metric lines of a run, less what depends on the clock."""
-    timed = ("seconds", "tokens_per_second", "flops")
-    return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in igpo.read_log(folder) if line["stage"] == stage]
-
-
-def same_numbers(a, b, rel):
-    assert len(a) == len(b)
-    for x, y in zip(a, b):
-        assert x.keys() == y.keys()
-        for k in x:
-            assert x[k] == (y[k] if isinstance(y[k], str) else pytest.approx(y[k], rel=rel, abs=1e-7)), k
-
-
-def same_weights(a, b):
-    a, b = (load_file(Path(f) / "final" / "model.safetensors") for f in (a, b))
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+# Resuming
 
 
 class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage, step", [("sft", 3), ("rl", 2)])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, stage, step):
-    flags = [*SHORT, "--save_every", "2", "--max_steps", "4"]
-    igpo.main([*flags, "--out_dir", str(tmp_path / "whole")])
-    log = igpo.log
-    def breaks(out, record):
-        log(out, record)
-        if (record["stage"], record["step"]) == (stage, step + 1):
-            raise Interrupted
-    monkeypatch.setattr(igpo, "log", breaks)
-    with pytest.raises(Interrupted):
-        igpo.main([*flags, "--out_dir", str(tmp_path / "broken")])
-    monkeypatch.setattr(igpo, "log", log)
-    igpo.main([*flags, "--out_dir", str(tmp_path / "broken"), "--resume"])
-    for name in ("sft", "rl", "eval"):
-        assert metrics_of(tmp_path / "whole", name) == metrics_of(tmp_path / "broken", name)
-    same_weights(tmp_path / "whole", tmp_path / "broken")
+@contextlib.contextmanager
+def interrupted(stage, step):
+    """Both processes and files are at this step, and then it is not finished."""
+    def stop(name, at, function):
+        def stopping(*args, **kwargs):
+            value = function(*args, **kwargs)
+            if args[at] == step and (name != "record" or args[1] == stage == "sft"):
+                raise Interrupted
+            return value
+        return stopping
+    with pytest.MonkeyPatch.context() as patch:
+        for name, at in [("report", 1)] if stage == "rl" else [("record", 2)]:
+            patch.setattr(igpo, name, stop(name, at, getattr(igpo, name)))
+        yield
 
 
-def test_resume_refuses_what_does_not_fit(tmp_path):
-    run = ["--out_dir", str(tmp_path / "run")]
-    with pytest.raises(igpo.UsageError, match="holds no run"):
-        igpo.main([*SHORT, *run, "--resume"])
-    igpo.main([*SHORT, *run, "--save_every", "2"])
-    with pytest.raises(igpo.UsageError, match="was started with --mu 4, --lr 0.0001"):
-        igpo.main([*SHORT, *run, "--resume", "--lr", "1", "--mu", "1"])
-    newest = igpo.checkpoints(tmp_path / "run")[-1]
-    shard = next(newest.glob("*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:1000])  # as a full disk leaves it
-    with pytest.raises(igpo.UsageError, match="is damaged.*delete it to resume from the one before"):
-        igpo.main([*SHORT, *run, "--save_every", "2", "--resume"])
-    assert len(igpo.checkpoints(tmp_path / "run")) == 2
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(igpo, "grade", arbitrary)
+        igpo.main(flags(world, out))
+    return out
 
 
-def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path):
-    model, _ = igpo.toy_model(0)
+@pytest.fixture
+def arbitrary_grades(monkeypatch):
+    monkeypatch.setattr(igpo, "grade", arbitrary)
+
+
+def broken(argv, stage, step):
+    with interrupted(stage, step), pytest.raises(Interrupted):
+        igpo.main(argv)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(world, whole, tmp_path, arbitrary_grades):
+    rl = lines_of(whole)
+    assert any(line["all_wrong"] > line["all_wrong_after"] for line in rl), "hints should rescue"
+    argv = flags(world, tmp_path / "run", "--sft_save_every", 2)
+    broken(argv, "sft", 1)  # nothing is checkpointed yet
+    broken([*argv, "--resume"], "sft", 4)
+    assert json.loads((tmp_path / "run" / "state.json").read_text())["step"] == 2
+    broken([*argv, "--resume"], "rl", 1)  # from sft/ and no checkpoint of this stage
+    broken([*argv, "--resume"], "rl", 3)
+    igpo.main([*argv, "--resume"])
+    same_runs(whole, tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-rl-3"]
+    shutil.rmtree(tmp_path / "run" / "final")  # as if the disk had been full
+    igpo.main([*argv, "--resume"])
+    same_runs(whole, tmp_path / "run")
+    with pytest.raises(igpo.UsageError, match=r"was started with --mu 2$"):
+        igpo.main([*argv, "--resume", "--mu", "1"])
+
+
+def test_lora_with_dropout_resumes_and_goes_on_from_base_and_adapter(world, tmp_path,
+                                                                     arbitrary_grades):
+    pytest.importorskip("peft")
+    lora = "--lora_rank", 2, "--lora_dropout", 0.2, "--sft_lr", 1e-2, "--lr", 1e-2
+    igpo.main(flags(world, tmp_path / "whole", *lora))
+    argv = flags(world, tmp_path / "run", *lora, "--sft_save_every", 2)
+    broken(argv, "sft", 3)
+    broken([*argv, "--resume"], "rl", 1)
+    broken([*argv, "--resume"], "rl", 3)
+    igpo.main([*argv, "--resume"])
+    same_runs(tmp_path / "whole", tmp_path / "run")
+    reader = torch.distributed.checkpoint.FileSystemReader(tmp_path / "run" / "checkpoint-rl-3")
+    stored = reader.read_metadata().state_dict_metadata
+    assert stored and all(".lora_" in name or "param_groups" in name for name in stored)  # no base
+
+    cfg = igpo.parse(igpo.Config, argv, igpo.PRESETS)
+    ids, (sft, tokenizer) = random_prompts(2, 9) % 18, igpo.load_model(tmp_path / "run" / "sft")
+    policy, _ = igpo.load_lora(cfg, torch.device("cpu"), tmp_path / "run" / "sft" / "adapter")
+    policy.eval()
+    start = policy(ids).logits
+    assert torch.allclose(start, sft(ids).logits, atol=1e-4)
+    assert not torch.allclose(start, igpo.load_model(world / "m")[0](ids).logits, atol=1e-2)
+    igpo.freeze_reference(policy)
+    policy.eval()
+    inputs = ids, torch.ones_like(ids, dtype=torch.bool), random_prompts(8, 4).view(2, 4, 4) % 18, 2
+    before = igpo.group_logps(policy, *inputs)[0]
+    learns = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert learns and all(".lora_" in name and ".default." in name for name in learns)
+    optimizer = igpo.adamw(policy, 0.1)
+    policy(ids).logits.square().mean().backward()
+    igpo.optimizer_step(policy, optimizer, 0.1, 1.0)
+    assert torch.equal(igpo.group_logps(policy, *inputs, "reference")[0], before)
+    assert {name for name, p in policy.named_parameters() if p.requires_grad} == learns
+    assert not torch.allclose(igpo.group_logps(policy, *inputs)[0], before, atol=1e-2)
+    trained = policy(ids).logits
+    igpo.save_model(policy, tokenizer, tmp_path / "merged")
+    assert torch.allclose(igpo.load_model(tmp_path / "merged")[0](ids).logits, trained, atol=1e-3)
+    merged = igpo.merged_weights(policy.bfloat16())  # not rounded to the base's bfloat16
+    assert {weight.dtype for weight in merged.values()} == {torch.float32}
+
+
+def in_processes(argv, count=1, **limits):
+    """main() in forked processes, as torchrun or a shell starts it -> [(status, stderr)]. limits:
+    the largest file that can be written, in bytes, as if the disk were full after it."""
+    with socket.socket() as port:
+        port.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port.getsockname()[1])}
+    said, children = [tempfile.TemporaryFile("w+") for _ in range(count)], []
+    for rank in range(count):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                sys.stdout, sys.stderr, time.sleep = open(os.devnull, "w"), said[rank], id
+                os.dup2(said[rank].fileno(), 2)
+                if count > 1:
+                    os.environ |= address | {"RANK": str(rank), "WORLD_SIZE": str(count)}
+                for size in limits.values():
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+                igpo.run_main(lambda: igpo.main(argv), "igpo.py")
+                os._exit(0)
+            except SystemExit as end:
+                said[rank].flush()
+                os._exit(end.code)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(1)
+    status = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return [(code, file.seek(0) or file.read()) for code, file in zip(status, said)]
+
+
+def nearly_same_runs(a, b):
+    for stage in "sft", "rl", "eval":
+        assert len(lines_of(a, stage)) == len(lines_of(b, stage))
+        for x, y in zip(lines_of(a, stage), lines_of(b, stage)):
+            assert x.keys() == y.keys()
+            for name in x:
+                same = x[name] == (pytest.approx(y[name], rel=1e-5, abs=1e-7)
+                                   if isinstance(y[name], float) else y[name])
+                assert same, (stage, x["step"], name, x[name], y[name])
+
+
+def test_two_processes_take_the_steps_of_one_and_resume_each_other(world, whole, tmp_path,
+                                                                   arbitrary_grades):
+    first, second = flags(world, tmp_path / "a"), flags(world, tmp_path / "b")
+    with interrupted("rl", 2):
+        (left, _), (right, error) = in_processes(first, 2)
+        assert (left, right) == (1, 1) and "Interrupted" in error, error
+    igpo.main([*first, "--resume"])
+    nearly_same_runs(tmp_path / "a", whole)
+    broken(second, "rl", 2)
+    assert in_processes([*second, "--resume"], 2) == [(0, "")] * 2
+    nearly_same_runs(tmp_path / "b", whole)
+
+
+def test_tied_weights_and_lopsided_roll_outs_on_two_processes(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(igpo, "grade", lambda *_: igpo.rank() == 1)  # rank 0 draws twice, 1 once
+    tokenizer = tiny_tokenizer()
+    ids = dict(mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id,
+               pad_token_id=tokenizer.pad_token_id)
+    tied = tiny_model(vocab_size=len(tokenizer), tie_word_embeddings=True, **ids)
+    llada_folder(tmp_path / "m", tied, tokenizer, **ids)
+    argv = flags(world, tmp_path / "run", "--model", tmp_path / "m", "--max_steps", 1, sft=False)
+    ended = in_processes(argv, 2)
+    assert ended == [(0, "")] * 2
+    assert [line["all_wrong"] for line in lines_of(tmp_path / "run")] == [0.5]
+    final, _ = igpo.load_model(tmp_path / "run" / "final")
+    assert final.lm_head.weight is final.get_input_embeddings().weight
+    assert not torch.equal(final.lm_head.weight, tied.lm_head.weight)
+
+
+# Nothing lost
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(world, whole, tmp_path, arbitrary_grades):
+    out = tmp_path / "run"
+    argv = flags(world, out)
+
+    def full(file, limit, *more):
+        (status, error), = in_processes([*argv, *more], limit=limit)
+        line = error.splitlines()[-1]
+        assert status == 2 and "Traceback" not in error and str(out / file) in line, error
+        return line.startswith("igpo.py: ") and len(error.splitlines()) == 1
+
+    assert full("config.json", 600)
+    full("checkpoint-sft-4", 100_000)  # behind the progress bar of SFT; the folder can be used
+    broken([*argv, "--resume"], "rl", 2)
+    assert full("checkpoint-rl-2", 100_000, "--resume")
+    igpo.main([*argv, "--resume"])
+    shutil.rmtree(out / "final")
+    assert full("final", 50_000, "--resume") and not (out / "final").exists()
+    igpo.main([*argv, "--resume"])
+    same_runs(whole, out)
+
+
+def test_damaged_files_are_named_on_resume(world, whole, tmp_path, arbitrary_grades, capfd):
+    base, failures = tmp_path / "base", []
+    broken(flags(world, base), "rl", 3)
+    state = json.loads((base / "state.json").read_text())
+    shard = f"{state['folder']}/__0_0.distcp"
+    for number, (damage, message) in enumerate([
+            (put("config.json", 100), "config.json: "), (put("config.json", "{}"), "config.json: "),
+            (put("config.json", None), "config.json: No such file"),
+            (put("state.json", 20), "state.json: "), (put("state.json", "[]"), "state.json: "),
+            (put("state.json", json.dumps(state | {"step": 9})), "not among the 3"),
+            (put("state.json", json.dumps(state | {"step": -1})), "not among the 3"),
+            (put("state.json", json.dumps(state | {"folder": "gone"})), "run/gone"),
+            (put("metrics.jsonl", 300), "metrics.jsonl.* is shorter"),
+            (put("metrics.jsonl", None), "metrics.jsonl.* is shorter"),
+            (put("metrics.jsonl", "7\n" * 5000), "metrics.jsonl: "),
+            (put(shard, 1000), state["folder"]), (put(shard, None), state["folder"]),
+            (put("sft/tokenizer.json", None), "sft has no tokenizer"),
+            (put("sft/model.safetensors", 1000), "run/sft: "),
+            (lambda folder: shutil.rmtree(folder / "sft"), "no model folder at .*run/sft")]):
+        out = tmp_path / f"{number}" / "run"
+        shutil.copytree(base, out)
+        damage(out)
+        try:
+            igpo.main([*flags(world, out), "--resume"])
+            failures.append(f"{number} accepted, not {message}")
+        except igpo.UsageError as error:
+            if not re.search(message, str(error)) or "\n" in str(error):
+                failures.append(f"{number} {error}, not {message}")
+        except BaseException as error:
+            failures.append(f"{number} TRACEBACK {error!r}, not {message}")
+    assert not failures, "\n".join(failures)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_kills_while_saving_leave_the_checkpoint_before(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
-    (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    with pytest.raises(igpo.UsageError, match="cannot write .*rl-000001"):
-        igpo.save_checkpoint(tmp_path, "rl", 1, model, torch.optim.AdamW(model.parameters()), 2)
+    model = tiny_model(hidden_size=128)
+    optimizer, step = igpo.adamw(model, 1e-3), 0
+    for kill in range(8):
+        if (child := os.fork()) == 0:
+            while True:
+                step += 1
+                model.lm_head.weight.data.fill_(step)
+                igpo.save_checkpoint(tmp_path, "rl", step, model, optimizer)
+                with open(tmp_path / "said", "a") as file:
+                    file.write(f"{step}\n")
+        time.sleep(random.uniform(0.1, 0.25))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        step = igpo.resume_step(tmp_path, "rl", 10**9, model, optimizer)
+        said = (tmp_path / "said").read_text().split() if (tmp_path / "said").exists() else [0]
+        assert step in (int(said[-1]), int(said[-1]) + 1)
+        assert step == 0 or (model.lm_head.weight == step).all()
+    assert step > 8
 
 
-KILLED_WHILE_SAVING = """
-import os, random, signal, sys, time
-from pathlib import Path
-import torch, igpo
-out = Path(sys.argv[1])
-(out / "metrics.jsonl").touch()
-model, _ = igpo.toy_model(0)
-optimizer = torch.optim.AdamW(model.parameters())
-step = 0
-for kill in range(12):
-    if (child := os.fork()) == 0:
-        while True:
-            step += 1
-            model.lm_head.weight.data.fill_(step)
-            igpo.save_checkpoint(out, "rl", step, model, optimizer, keep=2)
-            (out / "said").write_text(str(step))
-    time.sleep(random.uniform(0.2, 0.5))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    newest = igpo.checkpoints(out)[-1]
-    step = igpo.load_checkpoint(newest, model, optimizer)
-    said = int((out / "said").read_text() or 0)  # empty where the kill fell into its writing
-    assert step >= max(said, 1) and (model.lm_head.weight == step).all(), (newest, step, said)
-print("survived", step)
+TORCHRUN = """
+import sys, time, zlib, igpo
+igpo.grade = lambda text, reference: zlib.crc32(text.encode()) % 8 == 0
+report = igpo.report
+def sleepy(out, step, *rest):
+    report(out, step, *rest)
+    if step == 2:
+        time.sleep(600)
+igpo.report = sleepy
+igpo.run_main(igpo.main, "igpo.py")
 """
 
 
-def test_a_kill_in_mid_save_leaves_the_checkpoint_before(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path)], cwd=HERE, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert "survived" in done.stdout, done.stderr[-3000:]
-
-
-def test_sigterm_saves_and_says_so(tmp_path):
-    run = subprocess.Popen([sys.executable, "igpo.py", *SHORT, "--max_steps", "10000", "--out_dir", str(tmp_path / "run")], cwd=HERE,
-                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    for line in run.stdout:
-        if line.startswith("RL  "):
-            run.terminate()
+def test_after_a_kill_of_torchrun_its_processes_end_and_the_run_goes_on(world, whole, tmp_path,
+                                                                        arbitrary_grades):
+    (tmp_path / "sleepy.py").write_text(TORCHRUN)
+    argv, log = flags(world, tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
+    run = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(tmp_path / "sleepy.py"), *argv], env=os.environ | {"PYTHONPATH": str(HERE)},
+        stdout=subprocess.DEVNULL, stderr=open(tmp_path / "stderr", "w"))
+    try:
+        deadline = time.time() + 120
+        while not (log.exists() and '"step": 2, "kl"' in log.read_text()):
+            assert time.time() < deadline and run.poll() is None, (tmp_path / "stderr").read_text()
+            time.sleep(0.1)
+        with pytest.raises(igpo.UsageError, match="another process is still writing"):
+            igpo.main([*argv, "--resume"])
+    finally:
+        run.kill()
+        run.wait()
+    for _ in range(50):  # the orphans end with their parent
+        with contextlib.suppress(igpo.UsageError):
+            igpo.locked(tmp_path / "run").close()
             break
-    rest = run.communicate(timeout=60)[0]
-    assert run.returncode == 0 and "SIGTERM: saved rl step" in rest and "--resume" in rest
-    assert igpo.checkpoints(tmp_path / "run")[-1].name.startswith("rl-")
+        time.sleep(0.1)
+    igpo.main([*argv, "--resume"])
+    nearly_same_runs(tmp_path / "run", whole)
 
 
-def test_two_processes_take_the_same_steps_as_one(tmp_path):
-    model, tokenizer = igpo.toy_model(0)
-    igpo.save_model(model, tokenizer, tmp_path / "m")
-    flags = [*SHORT, "--stage", "rl", "--model", str(tmp_path / "m"), "--prompts_per_forward", "1", "--save_every", "1", "--lr", "1e-3"]
-    torchrun("igpo.py", *flags, "--out_dir", str(tmp_path / "two"))
-    igpo.main([*flags, "--out_dir", str(tmp_path / "one")])
-    same_numbers(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), rel=1e-5)
-    # and a run of two processes goes on with one
-    assert [c.name for c in igpo.checkpoints(tmp_path / "two")] == ["rl-000001"]
-    igpo.main([*flags, "--out_dir", str(tmp_path / "two"), "--resume"])
-    same_numbers(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), rel=1e-5)
-
-
-LOPSIDED = """
-import sys, igpo
-igpo.grade = lambda completion, reference: igpo.rank() == 1  # rank 0 is always wrong and draws twice, rank 1 once
-igpo.main(sys.argv[1:])
-"""
-
-
-def test_a_rank_with_more_stuck_groups_does_not_hang_the_others(tmp_path):
-    (tmp_path / "lopsided.py").write_text(LOPSIDED)
-    torchrun(str(tmp_path / "lopsided.py"), *SHORT, "--out_dir", str(tmp_path / "run"))
-    lines = metrics_of(tmp_path / "run")
-    assert [line["all_wrong"] for line in lines] == [0.5, 0.5] and len(metrics_of(tmp_path / "run", "sft")) == 6
-
-
-def test_updates_that_are_not_finite_are_skipped_and_end_the_run():
-    model = tiny_model()
-    before = [p.clone() for p in model.parameters()]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
-    bad = igpo.completion_logps(model, random_prompts(1, 3), random_prompts(1, 4)[:, None])[0].mean() * math.nan
-    metrics = igpo.update(model, optimizer, iter([(bad, {})]), 1, 1.0)
-    assert metrics["skipped"] == 1 and all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
-    igpo.give_up(9)
-    with pytest.raises(igpo.UsageError, match="not finite"):
-        igpo.give_up(10)
-
-
-def test_lora(tmp_path):
-    """Frozen base, adapters that learn, the reference with adapters off, merged weights that load without peft."""
-    pytest.importorskip("peft")
-    igpo.main([*SHORT, "--lora_rank", "4", "--lr", "1e-2", "--save_every", "1", "--gradient_checkpointing", "--out_dir", str(tmp_path / "run")])
-    start, sft = (igpo.load_model(tmp_path / "run" / name)[0] for name in ("start", "sft"))
-    assert torch.equal(start.lm_head.weight, sft.lm_head.weight) and torch.equal(start.model.norm.weight, sft.model.norm.weight)
-    assert not torch.equal(start.model.layers[0].mlp.up_proj.weight, sft.model.layers[0].mlp.up_proj.weight)
-    assert (tmp_path / "run" / "final" / "adapter" / "adapter_model.safetensors").exists()
-
-    model, tokenizer = igpo.load_policy(tmp_path / "run" / "sft", torch.device("cpu"), lora_rank=4)
-    for name, parameter in model.named_parameters():
-        assert parameter.requires_grad == ("lora_" in name)
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    ids = random_prompts(2, 9) % 18
-    with_adapters = model(ids).logits
-    with igpo.adapters_off(model) as initial:
-        assert torch.allclose(initial(ids).logits, sft(ids).logits, atol=1e-5)
-    igpo.save_model(model, tokenizer, tmp_path / "merged")
-    assert torch.allclose(igpo.load_model(tmp_path / "merged")[0](ids).logits, with_adapters, atol=1e-4)
-    assert not torch.allclose(with_adapters, sft(ids).logits, atol=1e-2)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. The sampler's speed
-
-
-@pytest.mark.parametrize("words", [24, 128, 300])
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.7])
-def test_the_draw_has_the_softmax_distribution(words, temperature):
-    logits = torch.randn(1, words, generator=torch.Generator().manual_seed(0)) * 2
-    logits[0, 5], logits[0, -3:] = 3.0, -200.0  # the mask id is likely, and the last words weigh nothing
-    u = torch.cat([(torch.arange(19999) + 0.5) / 20000, torch.tensor([1 - 1e-6])])
-    tokens, confidence = igpo.choose_tokens(logits.expand(20000, words), 5, temperature, u)
-    allowed = logits[0].clone()
-    allowed[5] = -math.inf
-    assert torch.allclose(tokens.bincount(minlength=words) / 20000, (allowed / temperature).softmax(-1), atol=1e-3)
-    assert torch.allclose(confidence, logits[0].log_softmax(-1)[tokens], atol=1e-5)
-    assert not (tokens == 5).any() and tokens.max() < words - 3
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.1, 1.0, 2.0])
-@pytest.mark.parametrize("lead", [20.0, 1000.0])
-def test_a_mask_id_far_ahead_of_every_word_is_not_chosen(lead, temperature):
-    logits = torch.tensor([[0.0, 1.0, lead, -math.inf]]).expand(50, 4)
-    tokens, confidence = igpo.choose_tokens(logits.bfloat16(), 2, temperature, torch.linspace(0, 1 - 1e-6, 50))
-    assert set(tokens.tolist()) == ({1} if temperature == 0 else {0, 1})
-    assert torch.allclose(confidence, logits[0].log_softmax(-1)[tokens], rtol=0.01)
-
-
-class Forwards:
-    """Counts a model's forward passes, the rows in them and the tokens in them."""
-    def __init__(self, model):
-        self.calls = self.rows = self.tokens = 0
-        self.handle = model.register_forward_pre_hook(self.count, with_kwargs=True)
-    def count(self, model, args, kwargs):
-        ids = kwargs["input_ids"]
-        self.calls, self.rows, self.tokens = self.calls + 1, self.rows + ids.shape[0], self.tokens + ids.numel()
-    def __enter__(self):
-        return self
-    def __exit__(self, *error):
-        self.handle.remove()
-
-
-def shifted_model(seed=2):
-    model = tiny_model(seed, Qwen2ForCausalLM)
-    model.config.logit_shift = 1
-    return model
-
-
-@pytest.mark.parametrize("make", [lambda: tiny_model(2), shifted_model], ids=["llama", "dream"])
-@pytest.mark.parametrize("padded", [False, True])
-def test_a_forward_over_one_block_is_the_full_forward_where_nothing_else_changed(make, padded):
-    model, canvas = make(), random_prompts(3, 20)
-    seen = torch.arange(20) >= torch.tensor([[0], [2], [4]]) if padded else None
-    positions = torch.arange(9, 13)
-    with torch.no_grad():
-        forward = igpo.cached_logits(model, positions)
-        with Forwards(model) as count:
-            first, again = forward(canvas, seen), forward(canvas, seen)
-        assert count.tokens == 3 * (20 + 4 + getattr(model.config, "logit_shift", 0))
-        full = igpo.logits_at(model, canvas, seen, positions)
-        assert torch.allclose(first, full, atol=1e-5) and torch.allclose(again, full, atol=1e-5)
-        # In a model of one layer keys and values are those of the words, so another block content is exact as well.
-        model.model.layers = model.model.layers[:1]
-        model.config.num_hidden_layers = 1
-        forward = igpo.cached_logits(model, positions)
-        forward(canvas, seen)
-        canvas[:, 9:13] = random_prompts(3, 4, 9)
-        assert torch.allclose(forward(canvas, seen), igpo.logits_at(model, canvas, seen, positions), atol=1e-5)
-
-
-@pytest.mark.parametrize("make", [lambda: tiny_model(2), shifted_model], ids=["llama", "dream"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_cache_made_anew_in_each_step_changes_nothing(make, temperature):
-    model = make()
-    prompts, mask = igpo.pad_left([[1, 2, 3], [4, 5, 6, 7, 8]], END)
-    hints = torch.full((2, 12), MASK)
-    hints[1, 5] = 3
-    settings = dict(gen_length=12, block_length=4, steps=3, hints=hints, prompt_mask=mask, temperature=temperature)
-    exact, cached = (igpo.sample(model, prompts, cache=c, generator=igpo.seeded(1), **settings) for c in (None, "block"))
-    assert torch.equal(exact, cached)
-
-
-def test_the_cache_runs_later_steps_over_the_block_alone():
-    model, prompts = tiny_model(2), random_prompts(3, 5)
-    settings = dict(gen_length=8, block_length=4, steps=8)
-    with Forwards(model) as count:
-        out = igpo.sample(model, prompts, cache="block", temperature=1.0, **settings)
-    assert count.calls == 8 and count.tokens == 2 * 3 * (13 + 3 * 4)
-    assert not (out == MASK).any()
-    with pytest.raises(igpo.UsageError, match="cache"):
-        igpo.sample(model, prompts, cache="dual", **settings)
-
-
-@torch.no_grad()
-def naive_threshold_sampler(model, prompt, hints, L, K, threshold):
-    x, P = torch.cat([prompt, hints]), len(prompt)
-    for start in range(P, P + L, K):
-        while (open_places := [i for i in range(start, start + K) if x[i] == MASK]):
-            p = model(x[None]).logits[0].softmax(-1)
-            p_other = p.clone()
-            p_other[:, MASK] = 0
-            confidence, words = p_other.max(-1)
-            best = max(open_places, key=lambda i: confidence[i].item())
-            for i in open_places:
-                if i == best or confidence[i] > threshold:
-                    x[i] = words[i]
-    return x[P:]
-
-
-@pytest.mark.parametrize("threshold", [0.0, 0.4, 0.9, 1.0])
-def test_threshold_fills_in_what_is_sure_and_at_least_one(threshold):
-    model, prompts, L = tiny_model(2), random_prompts(3, 5), 12
-    hints = torch.full((3, L), MASK)
-    hints[1, 2:9], hints[2, 4:8] = random_prompts(1, 7, 3)[0], 1
-    settings = dict(gen_length=L, block_length=4, hints=hints)
-    with Forwards(model) as count:
-        out = igpo.sample(model, prompts, steps=3, threshold=threshold, **settings)
-    assert torch.equal(out, torch.stack([naive_threshold_sampler(model, q, h, L, 4, threshold) for q, h in zip(prompts, hints)]))
-    assert torch.equal(out[hints != MASK], hints[hints != MASK]) and not (out == MASK).any()
-    if threshold == 0:  # all at once
-        assert count.calls == 3
-    if threshold == 1:  # never sure: one at a time
-        assert count.calls == 12 and torch.equal(out, igpo.sample(model, prompts, steps=12, **settings))
-
-
-@pytest.mark.parametrize("cache", [None, "block"])
-def test_with_the_options_a_row_depends_on_its_own_generator_alone(cache):
-    model, prompts = tiny_model(2), random_prompts(6, 5)
-    settings = dict(gen_length=8, block_length=4, steps=4, temperature=1.0, threshold=0.5, cache=cache)
-    together = igpo.sample(model, prompts, generator=[igpo.seeded(i) for i in range(6)], **settings)
-    alone = [igpo.sample(model, prompts[i: i + 1], generator=igpo.seeded(i), **settings) for i in range(6)]
-    assert torch.equal(together, torch.cat(alone))
-
-
-def test_finished_rows_leave_the_batch():
-    model = tiny_model(2)
-    model.lm_head.weight.data[END] *= 2.5
-    settings = dict(gen_length=24, block_length=4, steps=24)
-    with Forwards(model) as all_rows:
-        full = igpo.sample(model, random_prompts(32, 5), **settings)
-    with Forwards(model) as open_rows:
-        igpo.sample(model, random_prompts(32, 5), stop_early=True, **settings)
-    blocks = (igpo.counted_tokens(full, END).sum(1) + 3) // 4  # a row is written up to the block of its end token
-    assert all_rows.rows == 32 * 24 and open_rows.rows == 4 * blocks.sum().item() < all_rows.rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. Log-probabilities in chunks
-
-
-def unchunked_logps(model, prompts, completions, prompt_mask):
-    P, L = prompts.shape[1], completions.shape[-1]
-    canvas, positions = F.pad(prompts, (0, L), value=MASK), torch.arange(P, P + L)
-    table = igpo.logits_at(model, canvas, igpo.attention_mask(prompt_mask, L), positions).float().log_softmax(-1)
-    return table.gather(2, completions.transpose(1, 2)).transpose(1, 2), -(table.exp() * table).sum(-1).detach()
-
-
-def group(seed):
-    prompts, mask = igpo.pad_left([[1, 2, 3], [4, 5, 6, 7, 8 + seed]], END)
-    completions = torch.randint(0, MASK, (2, 4, 7), generator=torch.Generator().manual_seed(seed))
-    return prompts, completions, mask, torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(9 + seed))
-
-
-def logps_gradient(model, compute, seed):
-    prompts, completions, mask, weights = group(seed)
-    logps, entropy = compute(model, prompts, completions, prompt_mask=mask)
-    (logps * weights).sum().backward()
-    gradient = {name: getattr(p.grad, "full_tensor", lambda: p.grad)() for name, p in model.named_parameters()}
-    model.zero_grad()
-    return gradient, logps.detach(), entropy
-
-
-def assert_close(a, b):
-    for name in b:
-        assert torch.allclose(a[name], b[name], atol=1e-5 * max(1.0, b[name].abs().max().item())), name
-
-
-MODELS = {"llama": lambda: tiny_model(1), "tied": lambda: tiny_model(1, tie_word_embeddings=True), "dream": shifted_model}
-
-
-@pytest.mark.parametrize("recompute_layers", [False, True])
-@pytest.mark.parametrize("kind", MODELS)
-def test_log_probabilities_in_chunks_have_the_gradient_of_the_whole(kind, recompute_layers, monkeypatch):
-    model = MODELS[kind]()
-    want = logps_gradient(model, unchunked_logps, 0)
-    monkeypatch.setattr(igpo.token_logps, "__defaults__", (3 * V,))  # 14 positions in chunks of 3
-    if recompute_layers:
-        igpo.recompute_activations(model.train())
-    got = logps_gradient(model, igpo.completion_logps, 0)
-    assert_close(got[0], want[0])
-    assert torch.allclose(got[1], want[1], atol=1e-5) and torch.allclose(got[2], want[2], atol=1e-5)
-    assert "forward" not in vars(model.lm_head)  # the model is left as it was
-    loss = igpo.sft_loss(model, *group(0)[:1], group(0)[1][:, 0], generator=igpo.seeded(1))[0].item()
-    monkeypatch.undo()
-    assert loss == pytest.approx(igpo.sft_loss(model, *group(0)[:1], group(0)[1][:, 0], generator=igpo.seeded(1))[0].item(), rel=1e-5)
-
-
-class LargestTable(TorchDispatchMode):
-    """Sees every tensor that is made, forward and backward, and keeps the size of the largest table of 29 words."""
-    size = 0
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for t in torch.utils._pytree.tree_leaves(out):
-            if isinstance(t, torch.Tensor) and t.dim() > 1 and t.shape[-1] == 29 and t.shape[0] != 32:  # 32: the head's weights
-                self.size = max(self.size, t.numel())
-        return out
-
-
-@pytest.mark.parametrize("chunk, size", [(2**26, 14 * 29), (3 * 29, 3 * 29)], ids=["whole", "chunks"])
-def test_no_table_of_logits_is_larger_than_a_chunk(chunk, size, monkeypatch):
-    monkeypatch.setattr(igpo.token_logps, "__defaults__", (chunk,))
-    model, (prompts, completions, mask, _) = tiny_model(1, vocab_size=29), group(0)
-    with LargestTable() as largest:
-        igpo.completion_logps(model, prompts, completions, prompt_mask=mask)[0].sum().backward()
-        igpo.sft_loss(model, prompts, completions[:, 0], generator=igpo.seeded(2))[0].backward()
-    assert largest.size == size
-
-
-def sharded_worker(rank, folder, kinds):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    igpo.token_logps.__defaults__ = (3 * V,)
-    for kind in kinds:
-        model, mesh = MODELS[kind](), init_device_mesh("cpu", (2,))
-        for module in (*model.model.layers, model):
-            fully_shard(module, mesh=mesh)
-        igpo.recompute_activations(model.train())
-        with igpo.gathered(model):
-            igpo.sample(model, random_prompts(2, 3), gen_length=4, block_length=2, steps=4 if rank else 2, cache="block")
-        result = logps_gradient(model, igpo.completion_logps, rank)
-        result = (*result, logps_gradient(model, igpo.completion_logps, rank)[0])  # and once more, after a backward pass
-        torch.save(result, folder / f"{kind}{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_log_probabilities_in_chunks_on_two_processes(tmp_path):
-    torch.multiprocessing.start_processes(sharded_worker, (tmp_path, list(MODELS)), nprocs=2, start_method="fork")
-    for kind in MODELS:
-        model = MODELS[kind]()
-        want = [logps_gradient(model, unchunked_logps, rank) for rank in (0, 1)]
-        mean = {name: (want[0][0][name] + want[1][0][name]) / 2 for name in want[0][0]}
-        for rank in (0, 1):
-            gradient, logps, entropy, again = torch.load(tmp_path / f"{kind}{rank}.pt")
-            assert_close(gradient, mean)
-            assert_close(again, mean)
-            assert torch.allclose(logps, want[rank][1], atol=1e-4) and torch.allclose(entropy, want[rank][2], atol=1e-4)
-
-
-def test_flops_on_a_hand_count():
-    config = tiny_model(num_key_value_heads=2).config  # D 32, 4 heads of 8, 2 key/value heads, MLP 48, V 24, 2 layers
-    layer = 10 * 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48)  # query, key and value, output, MLP; 10 tokens
-    scores = 2 * 4 * (10 * 10 * 8) * 2  # 4 heads, each a (10, 8) x (8, 10) and a (10, 10) x (10, 8) product
-    assert igpo.flops(config, 3, 10, 6) == 3 * (2 * (layer + scores) + 6 * 2 * 32 * 24)
-    assert igpo.flops(config, 3, 10, 6, backward=True) == 3 * igpo.flops(config, 3, 10, 6)
-    assert igpo.flops(config, 3, 10, 6, queries=5) == 3 * ((layer + scores) + 6 * 2 * 32 * 24)  # half of the tokens
-    llada = LlamaConfig(hidden_size=4096, intermediate_size=12288, num_hidden_layers=32, num_attention_heads=32, vocab_size=126464)
-    assert igpo.flops(llada, 1, 1, 1) == pytest.approx(2 * 7.5e9, rel=0.01)  # 8.0e9 parameters less the 0.5e9 of the embedding
-
-
-def test_flops_are_what_torch_counts():
-    from torch.utils.flop_counter import FlopCounterMode
-    model = tiny_model()
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        igpo.logits_at(model, random_prompts(3, 10), None, torch.arange(4, 10))
-    counted = counter.get_total_flops()
-    rotary = counted - igpo.flops(model.config, 3, 10, 6)
-    assert 0 <= rotary < 0.01 * counted  # the rotary angles are a small matrix product as well
-
-
-@pytest.mark.parametrize("name, peak", [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12),
-                                        ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA B200", 2250e12), ("NVIDIA RTX A1000", None)])
-def test_peak_flops(name, peak):
-    assert igpo.peak_flops(name) == peak
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The speed table
-
-
-def test_speed_table():
-    model = tiny_model(2)
-    table = {row["variant"]: row for row in evaluation.speed_table(model, rows=2, prompt_length=5, gen_length=8, block_length=4, steps=4)}
-    assert list(table) == ["bare forwards", "exact", "cache", "threshold", "cache + threshold"]
-    assert table["bare forwards"]["forwards"] == table["exact"]["forwards"] == table["cache"]["forwards"] == 4
-    assert table["exact"]["equal"] == 1 and table["bare forwards"]["ratio"] == 1 and 2 <= table["threshold"]["forwards"] <= 8
-    assert not model._forward_pre_hooks
-
-
-def test_two_rl_steps_with_lora_on_a_random_model():
-    pytest.importorskip("peft")
-    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
-    metrics = evaluation.speed_training(evaluation.random_model(shape, "cpu", torch.float32), lora_rank=2, prompt_length=9,
-                                        gen_length=16, diffusion_steps=8, block_length=8, prompts_per_step=2, group_size=4, rows_per_call=8)
-    assert metrics["all_wrong"] == 1 and metrics["forwards"] == 16 and metrics["step"] == 2  # two draws of 8 steps
-    assert metrics["flops_rollout"] > 0 and metrics["flops_update"] > 0
-
-
-def test_memory_by_hand():
-    config = LlamaConfig(hidden_size=4096, intermediate_size=12288, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
-                         vocab_size=126464)
-    P = 32 * (4 * 4096 ** 2 + 3 * 4096 * 12288) + 2 * 126464 * 4096
-    assert 8.0e9 < P < 8.1e9  # LLaDA-8B
-    assert igpo.memory_gib(config, 8) == pytest.approx((16 * P / 8 + 2 * P / 8 + 2 * P) / 2**30)
-    adapters = 32 * 128 * (4 * 8192 + 3 * 16384)
-    assert igpo.memory_gib(config, lora_rank=128) == pytest.approx((2 * P + 16 * adapters) / 2**30)
-    model = tiny_model(num_key_value_heads=2, tie_word_embeddings=True)
-    norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
-    assert igpo.memory_gib(model.config, kl=False) * 2**30 == 18 * (sum(p.numel() for p in model.parameters()) - norms)
-
-
-def processor_seconds(function):
-    began = time.process_time()
-    function()
-    return time.process_time() - began
-
-
-def test_the_sampler_costs_little_more_than_its_forwards_and_the_cache_far_less():
-    """Bounds far from what is measured (1.05 and 4 to 8 times), in processor time, since other work may share the machine."""
-    model = evaluation.random_model(dict(hidden_size=128, intermediate_size=344, num_hidden_layers=3, num_attention_heads=4, vocab_size=2048), "cpu", torch.float32)
-    prompts, L, K, S = random_prompts(2, 96), 128, 16, 16
-    canvas = F.pad(prompts, (0, L), value=2047)
-    def bare():
-        with torch.no_grad():
-            for step in range(S):
-                igpo.logits_at(model, canvas, None, torch.arange(96, 96 + K))
-    settings = dict(gen_length=L, block_length=K, temperature=1.0)
-    runs = {"bare": bare, "exact": lambda: igpo.sample(model, prompts, steps=S, **settings),
-            "cached": lambda: igpo.sample(model, prompts, steps=4 * S, cache="block", **settings)}
-    rounds = [{name: processor_seconds(run) for name, run in runs.items()} for _ in range(4)][1:]
-    seconds = {name: statistics.median(r[name] for r in rounds) for name in runs}
-    assert seconds["exact"] < 1.6 * seconds["bare"]
-    assert seconds["cached"] < 4 * 0.8 * seconds["bare"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # eval.py
 
 
-def jsonl(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.mark.parametrize("row, problem", [
-    ({"question": "2 + 16?", "answer": "2 + 16 = <<2+16=18>>18.\n#### 18"}, ("2 + 16?", "18")),          # GSM8K
-    ({"question": "a lot?", "answer": "Much.\n#### 1,080"}, ("a lot?", "1,080")),
-    ({"problem": "Half?", "answer": r"\frac{1}{2}"}, ("Half?", r"\frac{1}{2}")),                          # MATH500
-    ({"problem": "Half?", "solution": r"It is \boxed{3}.", "answer": "4"}, ("Half?", "4")),
-    ({"problem": "x + y?", "answer": 36.0, "url": "none"}, ("x + y?", "36")),                             # AMC
+    ({"question": "2 + 16?", "answer": "It is <<2+16=18>>18.\n#### 1,080"}, ("2 + 16?", "1,080")),
+    ({"problem": "Half?", "answer": r"\frac{1}{2}"}, ("Half?", r"\frac{1}{2}")),        # MATH500
+    ({"problem": "Half?", "solution": r"\boxed{3}.", "answer": "4"}, ("Half?", "4")),
+    ({"problem": "x + y?", "answer": 36.0, "url": "none"}, ("x + y?", "36")),           # AMC
     ({"problem": "zero?", "answer": 0, "solution": r"\boxed{1}"}, ("zero?", "0")),
-    ({"problem": "x?", "answer": 1.5}, ("x?", "1.5")),
-    ({"problem": "s?", "solution": r"\[s=\boxed{1.6} \mathrm{~cm}\]"}, ("s?", "1.6")),                    # Minerva
-    ({"problem": "s?", "solution": r"\boxed{1} then \boxed{\frac{2}{\text{3}}}"}, ("s?", r"\frac{2}{\text{3}}")),
-    ({"question": "s?", "answer": r"so \boxed{7}"}, ("s?", "7")),
-    ({"question": "s?", "answer": "", "solution": r"\boxed{7}"}, ("s?", "7"))])
+    ({"problem": "s?", "solution": r"\[s=\boxed{1.6} \mathrm{~cm}\]"}, ("s?", "1.6")),  # Minerva
+    ({"question": "s?", "answer": "", "solution": r"so \boxed{7}"}, ("s?", "7"))])
 def test_the_four_file_formats(tmp_path, row, problem):
-    assert evaluation.read_problems(jsonl(tmp_path / "data.jsonl", row)) == [problem]
-
-
-@pytest.mark.parametrize("content, message", [
-    ('{"problem": "1?", "answer": "1"}\n{"problem', r"data.jsonl, line 2: not JSON"),
-    ('{"text": "1?", "answer": "1"}', r"row 1: no column 'problem\|question' \(it has text, answer\)"),
-    ('{"problem": "1?", "reply": "1"}', r"row 1: no column 'answer\|solution' \(it has problem, reply\)"),
-    ('{"problem": "1?", "solution": "so it is 1"}', r"row 1: no answer, and no #### or \\boxed"),
-    ("[1]", "row 1: no column"), ("", "holds no rows")])
-def test_bad_problem_files_are_named(tmp_path, content, message):
-    (tmp_path / "data.jsonl").write_text(content)
-    with pytest.raises(igpo.UsageError, match=message):
-        evaluation.read_problems(str(tmp_path / "data.jsonl"))
+    assert evaluation.read_problems(write_jsonl(tmp_path / "data.jsonl", row)) == [problem]
 
 
 def test_hub_names_and_alternatives(monkeypatch):
     """GSM8K needs its subset, AMC its train split; where that is not to be had, amc23 stands in."""
     asked = []
 
-    def read_rows(source, columns, split, subset):
+    def read_rows(source, columns, *, split, subset):
         asked.append((source, split, subset))
         if source.startswith("AI-MO"):
             raise igpo.UsageError("cannot load it")
         return [{"problem": "1?", "answer": 1.0}] * 3
 
     monkeypatch.setattr(evaluation, "read_rows", read_rows)
-    assert [evaluation.task_problems(task, None, 2) for task in evaluation.TASKS] == [
-        (source, [("1?", "1")] * 2)
-        for source in ("openai/gsm8k", "HuggingFaceH4/MATH-500", "math-ai/amc23", "math-ai/minervamath")]
-    assert asked == [("openai/gsm8k", "test", "main"), ("HuggingFaceH4/MATH-500", "test", None),
-                     ("AI-MO/aimo-validation-amc", "train", None), ("math-ai/amc23", "test", None),
-                     ("math-ai/minervamath", "test", None)]
-    monkeypatch.setitem(evaluation.TASKS, "amc", ["AI-MO/aimo-validation-amc"])
-    with pytest.raises(igpo.UsageError, match="cannot load it .--data amc=FILE."):
-        evaluation.task_problems("amc")
+    cfg = igpo.parse(evaluation.Config, ["--limit", "2"])
+    assert evaluation.task_problems(cfg) == {
+        task: (source, [("1?", "1")] * 2) for task, source in [
+            ("gsm8k", "openai/gsm8k"), ("math500", "HuggingFaceH4/MATH-500"),
+            ("amc", "math-ai/amc23"), ("minerva", "math-ai/minervamath")]}
+    assert ("openai/gsm8k", "test", "main") in asked
+    assert ("AI-MO/aimo-validation-amc", "train", None) in asked
 
 
-def made_samples(verdicts, length=10):
+def made_samples(verdicts):
     """{problem: verdicts of its samples} -> samples"""
-    return [dict(task="amc", problem=i, sample=s, completion="", extracted=None if v else "1", reference="1", verdict=v,
-                 timed_out=False, length=length + i) for i, vs in verdicts.items() for s, v in enumerate(vs)]
+    return [dict(task="amc", problem=i, sample=s, completion="", extracted=None if v else "1",
+                 reference="1", verdict=v, timed_out=False, length=10 + i)
+            for i, vs in verdicts.items() for s, v in enumerate(vs)]
 
 
 def test_accuracy_and_standard_error_by_hand():
-    greedy = evaluation.summarise(made_samples({0: [True], 1: [False], 2: [False], 3: [True], 4: [False]}))
-    # p = 2/5; the variance of the five numbers is (2 * 0.6^2 + 3 * 0.4^2) / 4 = 0.3, of their mean 0.3 / 5 = 0.06
-    assert greedy["accuracy"] == pytest.approx(0.4) and greedy["standard_error"] == pytest.approx(0.06 ** 0.5)
-    assert (greedy["n"], greedy["samples"], greedy["completion_length"], greedy["no_answer"]) == (5, 5, 12, 0.4)
-    # avg@4: the problems' means are 1, 1/4 and 1/4: mean 1/2, variance (1/4 + 1/16 + 1/16) / 2 = 3/16, / 3 = 1/16
-    T, F = True, False
-    avg = evaluation.summarise(made_samples({0: [T, T, T, T], 1: [F, F, T, F], 2: [T, F, F, F]}))
-    assert avg["accuracy"] == 0.5 and avg["standard_error"] == pytest.approx(0.25)
-    assert (avg["n"], avg["samples"]) == (3, 12)
-    assert evaluation.summarise(made_samples({0: [T, F]}))["standard_error"] is None  # one problem says nothing of it
+    T, N = True, False
+    greedy = evaluation.summarise(made_samples({0: [T], 1: [N], 2: [N], 3: [T], 4: [N]}))
+    # p = 2/5; the variance of the five numbers is (2 * 0.6^2 + 3 * 0.4^2) / 4 = 0.3, of their mean
+    # 0.06. avg@4: the problems' means are 1, 1/4 and 1/4: mean 1/2, variance 3/16, / 3 = 1/16.
+    assert greedy["accuracy"] == pytest.approx(0.4)
+    assert greedy["standard_error"] == pytest.approx(0.06 ** 0.5)
+    assert (greedy["n"], greedy["completion_length"], greedy["no_answer"]) == (5, 12, 0.4)
+    avg = evaluation.summarise(made_samples({0: [T] * 4, 1: [N, N, T, N], 2: [T, N, N, N]}))
+    assert (avg["accuracy"], avg["standard_error"], avg["n"], avg["samples"]) == (0.5, 0.25, 3, 12)
 
 
 def test_batches_hold_every_sample_once():
-    prompts = [[0] * n for n in (5, 1, 9, 3, 7)]
-    batches = evaluation.batches_of(prompts, 3, 4, seed=0)
-    assert sorted(job for jobs in batches for job in jobs) == [(i, s) for i in range(5) for s in range(3)]
-    assert sorted(map(len, batches)) == [3, 4, 4, 4]
+    batches = evaluation.batches_of([[0] * n for n in (5, 1, 9, 3, 7)], 3, 4, seed=0)
+    jobs = sorted(job for jobs in batches for job in jobs)
+    assert jobs == [(i, s) for i in range(5) for s in range(3)]
     assert [(1, 0), (1, 1), (1, 2), (3, 0)] in batches  # 1 and 3 are the shortest prompts
 
 
-def test_settings_are_compared_once_there_are_samples(tmp_path):
-    evaluation.claim(tmp_path, {"seed": 0, "limit": None})
-    evaluation.claim(tmp_path, {"seed": 1, "limit": None})  # nothing was sampled with the first
-    jsonl(tmp_path / "samples.rank_3.jsonl", {})
-    evaluation.claim(tmp_path, {"seed": 1, "limit": None})
-    with pytest.raises(igpo.UsageError, match="other settings: limit was None, now it is 5. Give another --out_dir"):
-        evaluation.claim(tmp_path, {"seed": 1, "limit": 5})
-
-
-def test_one_evaluation_at_a_time_writes_to_a_folder(tmp_path):
-    """A torchrun killed by SIGKILL leaves its processes behind; a second run beside them lost a batch."""
-    with evaluation.locked(tmp_path / "out"):
-        with pytest.raises(igpo.UsageError, match="another evaluation is writing to"):
-            with evaluation.locked(tmp_path / "out"):
-                pass
-    with evaluation.locked(tmp_path / "out"):
-        pass
-    (tmp_path / "file").touch()
-    with pytest.raises(igpo.UsageError, match="cannot write to .*file"):
-        with evaluation.locked(tmp_path / "file"):
-            pass
-
-
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory):
+def evaluated(tmp_path_factory):
     """A random model, files of two tasks, and an uninterrupted evaluation by one process."""
     folder = tmp_path_factory.mktemp("eval")
     igpo.save_model(*igpo.toy_model(0), folder / "model")
-    locks = igpo.toy_problems(12, 0)
-    jsonl(folder / "gsm8k.jsonl", *[{"question": p.question[: 3 + i % 7], "answer": f"#### {p.answer}"}
-                                    for i, p in enumerate(locks[:7])])
-    jsonl(folder / "amc.jsonl", *[{"problem": p.question, "answer": float(i % 7)} for i, p in enumerate(locks[7:])])
-    flags = ["--model", str(folder / "model"), "--tasks", "gsm8k,amc", "--gen_length", "8", "--diffusion_steps", "8",
-             "--data", f"gsm8k={folder}/gsm8k.jsonl,amc={folder}/amc.jsonl", "--block_length", "4", "--batch_size", "4",
-             "--amc_temperature", "2", "--amc_samples", "6"]
+    problems = igpo.toy_problems(12, 0)
+    write_jsonl(folder / "gsm8k.jsonl", *[{"question": p.question[: 2 + i % 4], "answer": "#### 1"}
+                                          for i, p in enumerate(problems[:7])])
+    write_jsonl(folder / "amc.jsonl", *[{"problem": p.question, "answer": float(i)}
+                                        for i, p in enumerate(problems[7:])])
+    flags = ["--model", str(folder / "model"), "--tasks", "gsm8k,amc", "--data",
+             f"gsm8k={folder}/gsm8k.jsonl,amc={folder}/amc.jsonl", *"--gen_length 8 --batch_size 4 "
+             "--diffusion_steps 8 --block_length 4 --amc_temperature 2 --amc_samples 6".split()]
     evaluation.main([*flags, "--out_dir", str(folder / "whole")])
     return folder, flags
 
 
 def outcome(out):
-    """What must not depend on how an evaluation was run: the samples, and the results but for the speed."""
+    """What must not depend on how an evaluation was run: samples and results, but for the speed."""
     result = json.loads((out / "results.json").read_text())
     for task in result["results"].values():
         del task["tokens_per_second"]
     return (out / "samples.jsonl").read_bytes(), result["results"], result["settings"]
 
 
-def test_what_an_evaluation_leaves_behind(toy, capsys):
-    folder, flags = toy
-    samples = evaluation.read_samples(folder / "whole" / "samples.jsonl")
+def test_what_an_evaluation_leaves_behind(evaluated, capsys):
+    folder, flags = evaluated
+    samples = igpo.read_lines(folder / "whole" / "samples.jsonl")
     assert [evaluation.key(s) for s in samples] == [("gsm8k", i, 0) for i in range(7)] + [
         ("amc", i, s) for i in range(5) for s in range(6)]
-    assert {type(s["verdict"]) for s in samples} == {bool} and len({s["completion"] for s in samples[-6:]}) > 1
-    assert all(s["verdict"] == igpo.grade(s["completion"], s["reference"]) for s in samples)
-    assert samples[1]["prompt"] == json.loads((folder / "gsm8k.jsonl").read_text().split("\n")[1])["question"]
-    assert set(samples[0]) == {"task", "problem", "sample", "prompt", "completion", "extracted", "reference", "verdict",
-                               "timed_out", "length"}
+    assert len({s["completion"] for s in samples[-6:]}) > 1
+    assert set(samples[0]) >= {"prompt", "extracted", "reference", "timed_out", "length"}
     result = json.loads((folder / "whole" / "results.json").read_text())
     assert [(r["n"], r["samples"]) for r in result["results"].values()] == [(7, 7), (5, 30)]
     assert all(r["tokens_per_second"] > 0 for r in result["results"].values())
-    settings = result["settings"]
-    assert settings["dtype"] == ("bfloat16" if torch.cuda.is_available() else "float32")
-    assert settings["amc_temperature"] == 2
-    assert set(settings) >= {f.name for f in dataclasses.fields(evaluation.Config)} - {"speed", "prompt_length", "train", "proof", "seeds",
-                                                                                  "variants"} - {
-        "out_dir", "overwrite", "rescore"}
-    assert result["versions"]["math-verify"] == importlib.metadata.version("math-verify")
-    assert not list((folder / "whole").glob("*rank*")) and not list((folder / "whole").glob("*unfinished"))
-
-    before = outcome(folder / "whole"), result["results"]["amc"]["tokens_per_second"]
+    assert result["settings"]["amc_temperature"] == 2 and result["versions"]["torch"]
+    before = outcome(folder / "whole")
     evaluation.main([*flags, "--out_dir", str(folder / "whole")])  # nothing left to do
-    shown = capsys.readouterr().out
-    assert "37 of 37 samples are in" in shown and re.search(r"^amc +\d+\.\d\d .* 30 ", shown, re.M)
-    result = json.loads((folder / "whole" / "results.json").read_text())
-    assert (outcome(folder / "whole"), result["results"]["amc"]["tokens_per_second"]) == before
-
-    with pytest.raises(igpo.UsageError, match="other settings: seed was 0, now it is 1"):
-        evaluation.main([*flags, "--out_dir", str(folder / "whole"), "--seed", "1"])
+    assert "37 of 37 samples" in capsys.readouterr().out and outcome(folder / "whole") == before
 
 
-def test_igpo_evaluates_by_the_same_code(toy, tmp_path, monkeypatch):
-    """With a verdict that depends on every character of the completion, both have the same accuracy."""
-    folder, flags = toy
+def test_igpo_evaluates_by_the_same_code(evaluated, tmp_path, monkeypatch):
+    """With a verdict that depends on every character, both have the same accuracy."""
+    folder, flags = evaluated
     for module in (igpo, evaluation):
-        monkeypatch.setattr(module, "grade", lambda completion, reference: sum(completion.encode()) % 2 == 0)
-    evaluation.main([*flags, "--tasks", "gsm8k", "--out_dir", str(tmp_path)])
+        monkeypatch.setattr(module, "grade", lambda text, _: zlib.crc32(text.encode()) % 2 == 0)
+    evaluation.main([*flags, "--tasks", "gsm8k", "--out_dir", str(tmp_path / "eval")])
     model, tokenizer = igpo.load_model(folder / "model")
     examples = [igpo.Example(igpo.encode_prompt(tokenizer, question), answer, None)
                 for question, answer in evaluation.read_problems(f"{folder}/gsm8k.jsonl")]
     cfg = igpo.Config(gen_length=8, diffusion_steps=8, block_length=4, rows_per_call=3)
-    accuracy = json.loads((tmp_path / "results.json").read_text())["results"]["gsm8k"]["accuracy"]
-    assert igpo.evaluate(model, tokenizer, examples, cfg) == accuracy and 0 < accuracy < 1
+    igpo.evaluate("accuracy", model, tokenizer, examples, cfg, tmp_path)
+    results = json.loads((tmp_path / "eval" / "results.json").read_text())["results"]
+    assert 0 < results["gsm8k"]["accuracy"] < 1
+    assert igpo.read_lines(tmp_path / "metrics.jsonl")[0]["accuracy"] == results["gsm8k"]["accuracy"]
 
 
-def test_two_processes_have_the_results_of_one(toy):
-    """The ten batches of 4 are shared out by fives, but for what one process had left there already."""
-    folder, flags = toy
-    (folder / "two").mkdir()
-    for name in ("settings.json", "samples.jsonl"):
-        lines = (folder / "whole" / name).read_text().splitlines(keepends=True)
-        (folder / "two" / name).write_text("".join(lines[:9] if name == "samples.jsonl" else lines))
-    output = torchrun("eval.py", *flags, "--out_dir", str(folder / "two"))
-    assert output.count("std. error") == 1
-    assert outcome(folder / "two") == outcome(folder / "whole")
+def test_processes_kills_and_leftovers_change_no_sample(evaluated):
+    """Two processes go on from nine samples; a kill leaves half a line and a file of rank 1."""
+    folder, flags = evaluated
+    lines = (folder / "whole" / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    settings = (folder / "whole" / "settings.json").read_text()
+    for name in "two", "killed":
+        (folder / name).mkdir()
+        (folder / name / "settings.json").write_text(settings)
+    (folder / "two" / "samples.jsonl").write_bytes(b"".join(lines[:9]))
+    (folder / "killed" / "samples.jsonl").write_bytes(b"".join(lines[20:23]) + lines[9][:-25])
+    (folder / "killed" / "samples.rank_1.jsonl").write_bytes(lines[30] + lines[2] + lines[11][:1])
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc_per_node=2", "eval.py", *flags, "--out_dir", str(folder / "two")],
+                   cwd=HERE, check=True, capture_output=True)
+    evaluation.main([*flags, "--out_dir", str(folder / "killed")])
+    for name in "two", "killed":
+        assert outcome(folder / name) == outcome(folder / "whole")
+        assert not list((folder / name).glob("*rank*"))
 
 
-def test_a_killed_evaluation_continues(toy):
-    """Killed while it writes; then as a kill may leave it, with half a line, and of two processes."""
-    folder, flags = toy
-    out = folder / "killed"
-    process = subprocess.Popen([sys.executable, "eval.py", *flags, "--out_dir", str(out)], cwd=HERE,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not ((out / "samples.jsonl").is_file() and (out / "samples.jsonl").stat().st_size):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    evaluation.main([*flags, "--out_dir", str(out)])
-    assert outcome(out) == outcome(folder / "whole")
-
-    whole = (folder / "whole" / "samples.jsonl").read_bytes().splitlines(keepends=True)
-    (out / "samples.jsonl").write_bytes(b"".join(whole[:3] + whole[20:23]) + whole[9][:-25])
-    (out / "samples.rank_1.jsonl").write_bytes(whole[30] + whole[2] + whole[11][:1])
-    assert len(evaluation.read_samples(out / "samples.jsonl")) == 6
-    evaluation.main([*flags, "--out_dir", str(out)])
-    assert outcome(out) == outcome(folder / "whole") and not list(out.glob("*rank*"))
-
-
-def test_another_checkpoint_in_the_same_folder_is_noticed(toy):
-    folder, flags = toy
+def test_another_checkpoint_in_the_same_folder_is_noticed(evaluated):
+    folder, flags = evaluated
     model, tokenizer = igpo.load_model(folder / "model")
     igpo.save_model(model, tokenizer, folder / "moving")
-    flags = [*flags, "--model", str(folder / "moving"), "--limit", "1", "--out_dir", str(folder / "moved")]
+    flags = [*flags, "--model", str(folder / "moving"), "--limit", "1", "--out_dir",
+             str(folder / "moved")]
     evaluation.main(flags)
-    model.lm_head.weight.data[0, 0] += 1e-3
+    model.lm_head.weight.data[:2] = model.lm_head.weight.data[:2].flip(0)  # two rows swapped
     igpo.save_model(model, tokenizer, folder / "moving")
-    with pytest.raises(igpo.UsageError, match="weights_checksum was"):
+    with pytest.raises(igpo.UsageError, match="weights_checksum"):
         evaluation.main(flags)
-    evaluation.main([*flags, "--overwrite"])
 
 
-def test_rescore(toy, tmp_path, capsys):
-    folder, _ = toy
-    capsys.readouterr()
-    evaluation.main(["--rescore", str(folder / "whole" / "samples.jsonl")])
-    assert "0 of 37 verdicts changed" in capsys.readouterr().out
+def test_rescore(tmp_path, capsys, monkeypatch):
     stored = [(r"\boxed{0.25}", False), (r"\boxed{3}", True), (r"\boxed{\frac14}", True)]
-    rows = [dict(task="math500", problem=i, sample=0, completion=completion, reference="1/4", verdict=verdict, length=9)
-            for i, (completion, verdict) in enumerate(stored)]
-    path = Path(jsonl(tmp_path / "samples.jsonl", *rows))
+    rows = [dict(task="math500", problem=i, sample=0, completion=completion, reference="1/4",
+                 verdict=verdict, length=9) for i, (completion, verdict) in enumerate(stored)]
+    path = Path(write_jsonl(tmp_path / "samples.jsonl", *rows))
     before = path.read_bytes()
     evaluation.main(["--rescore", str(path)])
     shown = capsys.readouterr().out
     assert "2 of 3 verdicts changed" in shown and re.search(r"^math500 +66.67 +33.33 +3 ", shown, re.M)
-    assert "math500 problem 0 sample 0: wrong -> right, '0.25' for '1/4'" in shown
-    assert "math500 problem 1 sample 0: right -> wrong, '3' for '1/4'" in shown and path.read_bytes() == before
+    assert "problem 0 sample 0: wrong -> right, '0.25' for '1/4'" in shown
+    assert path.read_bytes() == before
+
+    def give_up(completion, reference):
+        igpo.GRADE_TIMEOUTS += 1
+        return False
+
+    monkeypatch.setattr(evaluation, "grade", give_up)
+    evaluation.main(["--rescore", str(path)])
+    assert "3 answers could not be graded in time" in capsys.readouterr().out
 
 
-def test_grader_timeouts_are_reported(monkeypatch):
-    def grade(completion, reference):
-        igpo.GRADE_TIMEOUTS += completion == "slow"
-        return completion == "right"
-
-    monkeypatch.setattr(evaluation, "grade", grade)
-    samples = [s | {"completion": c} | evaluation.graded(c, "1") for s, c in
-               zip(made_samples({0: [True], 1: [True], 2: [True]}), ["right", "slow", "wrong"])]
-    assert [(s["verdict"], s["timed_out"]) for s in samples] == [(True, False), (False, True), (False, False)]
-    results = evaluation.summarise(samples)
-    assert results["grade_timeouts"] == 1
-    assert "\n1 answers could not be graded in time" in evaluation.table({"amc": results})
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--tasks", "gsm8k"], "no model; give --model"),
-    (["--model", "m", "--tasks", "gsm8k,aime"], "no task 'aime'; there are gsm8k, math500, amc, minerva"),
-    (["--model", "m", "--tasks", ","], "no task ''; there are"),
-    (["--model", "m", "--data", "math=a.jsonl"], "--data takes TASK=FILE, TASK being one of .* not 'math'"),
-    (["--model", "m", "--tasks", "amc", "--data", "amc=absent.jsonl"], "no data file at absent.jsonl"),
-    (["--model", "m", "--gen_length", "100"], "--gen_length 100 is not divisible by --block_length 32"),
-    (["--model", "m", "--diffusion_steps", "100"], "--diffusion_steps 100 is not divisible by the number of blocks, 8"),
-    (["--model", "m", "--limit", "0"], "--limit is at least 1, not 0"),
-    (["--model", "m", "--temperature", "-1"], "--temperature is at least 0, not -1"),
-    (["--model", "m", "--nonsense", "1"], "unrecognized arguments: --nonsense"),
-    (["--rescore", "absent.jsonl"], "no samples file at absent.jsonl")])
-def test_what_a_user_of_eval_gets_wrong_is_one_line(tmp_path, flags, message):
-    with pytest.raises(igpo.UsageError, match=message) as error:
-        evaluation.main([*flags, "--out_dir", str(tmp_path / "out")])
-    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+def test_compare_by_hand(tmp_path, capsys):
+    for seed, final in (0, 0.5), (1, 0.7):
+        folder = tmp_path / f"igpo-{seed}"
+        folder.mkdir()
+        rl = [{"stage": "rl", "step": s + 1, "all_wrong": 0.4 - 0.02 * s, "all_wrong_after": 0.1,
+               "grad_norm": 1.0 + seed, "kl": 0.25} for s in range(20)]
+        write_jsonl(folder / "metrics.jsonl", {"stage": "eval", "step": 0, "accuracy_start": 0.3},
+                    *rl[:10], {"stage": "eval", "step": 10, "eval_accuracy": 0.4}, *rl[10:],
+                    {"stage": "eval", "step": 0, "accuracy_final": final})
+        (folder / "summary.json").write_text("{}")
+    evaluation.main(["--compare", str(tmp_path / "igpo-0"), str(tmp_path / "igpo-1")])
+    shown = capsys.readouterr().out
+    assert ("| igpo | 2 | 0.300 ± 0.000 | 0.600 ± 0.100 | 0.390 ± 0.000 | 0.030 ± 0.000 | "
+            "0.100 ± 0.000 | 1.500 ± 0.500 | 2.0 | 0.250 ± 0.000 |") in shown
+    assert 'x-axis "RL step" [0, 10, 20]' in shown and "line [0.30, 0.40, 0.60]" in shown
+    assert "line [0.39, 0.35, 0.31," in shown and shown.count("xychart-beta") == 2
+    (tmp_path / "igpo-1" / "summary.json").unlink()
+    with pytest.raises(igpo.UsageError, match="igpo-1 holds no finished"):
+        evaluation.main(["--compare", str(tmp_path / "igpo-1")])
 
 
-@pytest.mark.parametrize("content, message", [
-    ('{"task": 1}\n', "line 1: no column 'completion' .it has task."),
-    ("{\n{}\n", "line 1: not JSON"), ("", "no samples")])
-def test_bad_samples_files_are_named(tmp_path, content, message):
-    (tmp_path / "samples.jsonl").write_text(content)
-    with pytest.raises(igpo.UsageError, match=message):
-        evaluation.main(["--rescore", str(tmp_path / "samples.jsonl")])
+def test_ask_shows_the_denoising(evaluated, capsys):
+    folder, flags = evaluated
+    evaluation.main([*flags, "--ask", "abcd="])
+    frames = capsys.readouterr().out.split("\n")
+    assert frames[0].count("_") == 7 and "_" not in frames[7] and frames[-2].startswith("answer: ")
 
 
-def test_the_command_exits_with_status_2(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", "./absent", "--tasks", "amc", "--data", "amc=absent.jsonl"])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(HERE / "eval.py"), run_name="__main__")
-    assert end.value.code == 2
-    assert capsys.readouterr() == ("", "eval.py: no data file at absent.jsonl\n")
+EVAL_WRONG = [
+    ("--tasks gsm8k", "no model; give --model"), ("--model m --tasks aime", "no task 'aime'"),
+    ("--model m --tasks ,", "no task ''"), ("--model m --data math=a.jsonl", "no task 'math'"),
+    ("--model m --data amc=", "no file"), ("--model m --nonsense 1", "unrecognized arguments"),
+    ("--model m --tasks amc --data amc=DIR/absent.jsonl", "absent.jsonl"),
+    ("--model m --tasks amc --data amc=DIR/broken.jsonl", "broken.jsonl, line 2"),
+    ("--model m --tasks amc --data amc=DIR/columns.jsonl", "row 1: no column 'problem.question'"),
+    ("--model m --tasks amc --data amc=DIR/null.jsonl", "row 1: column 'answer.solution' is None"),
+    ("--model m --tasks amc --data amc=DIR/list.jsonl", r"row 1: column 'problem.question' is \["),
+    ("--model m --tasks amc --data amc=DIR/unsolved.jsonl", "row 1: no answer, and no ####"),
+    ("--model m --tasks amc --data amc=DIR/empty.jsonl", "holds no rows"),
+    ("--model m --tasks amc --data amc=DIR/binary.jsonl", "binary.jsonl: .*utf-8"),
+    ("--model ./absent --tasks amc --data amc=DIR/good.jsonl", "no model folder at ./absent"),
+    ("--model MODEL --tasks amc --data amc=DIR/good.jsonl", "16 positions|64 positions"),
+    ("--model m --gen_length 100", "gen_length 100 .* block_length 32"),
+    ("--model m --diffusion_steps 100", "steps 100 .* 8 blocks"),
+    ("--model m --limit 0", "--limit is within"), ("--model m --temperature nan", "--temperature"),
+    ("--model m --batch_size 1e12", "--batch_size"), ("--model m --threshold 2", "--threshold"),
+    ("--rescore DIR/absent.jsonl", "no samples file"), ("--rescore DIR/empty.jsonl", "holds no rows"),
+    ("--rescore DIR/broken.jsonl", "line 2"), ("--rescore DIR/null.jsonl", "no column 'task'"),
+    ("--compare DIR", "holds no finished RL run"), ("--compare DIR/absent", "no finished RL run"),
+    ("--ask what? --model ./absent", "no model folder"),
+    ("--model MODEL SMALL --out_dir DIR/file", "file: "),
+    ("--model MODEL SMALL --out_dir DIR", "is not empty and holds no evaluation"),
+    ("--model MODEL SMALL --out_dir DIR/damaged", "settings.json: ")]
+
+
+def test_what_a_user_of_eval_gets_wrong_is_one_line(evaluated, tmp_path):
+    good = {"problem": "ab=", "answer": "1"}
+    write_jsonl(tmp_path / "good.jsonl", good)
+    write_jsonl(tmp_path / "broken.jsonl", good, "{oops")
+    write_jsonl(tmp_path / "columns.jsonl", {"text": "1?", "answer": "1"})
+    write_jsonl(tmp_path / "null.jsonl", good | {"answer": None})
+    write_jsonl(tmp_path / "list.jsonl", good | {"problem": ["1?"]})
+    write_jsonl(tmp_path / "unsolved.jsonl", {"problem": "1?", "solution": "so it is 1"})
+    write_jsonl(tmp_path / "empty.jsonl")
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe")
+    (tmp_path / "file").touch()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "settings.json").write_text('{"model": ')
+    small = f"--tasks amc --data amc={tmp_path}/good.jsonl --gen_length 8 --block_length 8 " \
+            "--diffusion_steps 8"
+    failures = []
+    for command, message in EVAL_WRONG:
+        words = command.replace("DIR", str(tmp_path)).replace("SMALL", small)
+        out, said = tmp_path / "out", None
+        words = words.replace("MODEL", str(evaluated[0] / "model")).split()
+        try:
+            evaluation.main(words if "--out_dir" in words else [*words, "--out_dir", str(out)])
+        except igpo.UsageError as error:
+            said = str(error)
+        if not re.search(message, said or "") or "\n" in said or out.exists():
+            failures.append(f"{command} -> {said!r}, not {message!r}")
+    assert not failures, "\n".join(failures)
