@@ -7,7 +7,7 @@ prompt and grader.
     python eval.py --rescore runs/eval-NAME/samples.jsonl        grade again what is stored
     python eval.py --ask "What is 2 + 3?" --model FOLDER         one answer, denoised step by step
     python eval.py --speed --model random-8b                     what the sampler costs here
-    python eval.py --compare runs/proof/*                        table and curves of finished RL runs
+    python eval.py --compare runs/proof/*                       table and curves of finished runs
 
 The protocol is the paper's: one greedy answer a problem; for AMC the mean of 16 at temperature 0.1.
 --out_dir (default runs/eval-MODEL; all processes must see it) holds samples.jsonl, a line a sample,
@@ -68,6 +68,7 @@ class Config:
     diffusion_steps: int = flag(128, "denoising steps for a completion", "1..1e5")
     block_length: int = flag(32, "tokens in a semi-autoregressive block", "1..1e5")
     batch_size: int = flag(16, "samples in one batch", "1..1e5")
+    prompt_length: int = flag(64, "prompt tokens of --speed", "1..1e5")
     temperature: float = flag(0.0, "of gsm8k, math500 and minerva; 0 is greedy", "0..100")
     samples: int = flag(1, "answers to a problem of these", "1..1e5")
     amc_temperature: float = flag(0.1, "of amc", "0..100")
@@ -132,7 +133,7 @@ def key(sample):
     return sample["task"], sample["problem"], sample["sample"]
 
 def merge_samples(out, tasks):
-    """All samples in the folder, sorted, moved to samples.jsonl; a kill in between loses nothing."""
+    """All samples in the folder, sorted, moved to samples.jsonl; a kill loses nothing."""
     parts = sorted(out.glob("samples*.jsonl"))
     samples = {key(sample): sample for path in parts for sample in read_lines(path)}
     samples = sorted(samples.values(), key=lambda s: (tasks.index(s["task"]), *key(s)[1:]))
@@ -216,7 +217,8 @@ def evaluate(cfg, device):
     settings = dataclasses.asdict(cfg) | {
         "dtype": dtype, "sources": {task: source for task, (source, _) in found.items()},
         "problems_checksum": zlib.crc32(repr(found).encode())}
-    for name in ("out_dir", "rescore", "ask", "speed", "compare"):  # say nothing of the samples
+    # What says nothing of the samples.
+    for name in ("out_dir", "rescore", "ask", "speed", "prompt_length", "compare"):
         del settings[name]
     out = Path(cfg.out_dir or "runs/eval-" + re.sub(r"[^\w.-]+", "-", cfg.model).strip("-."))
     # Each process has the whole model: nobody has to wait for anybody.
@@ -245,7 +247,7 @@ def evaluate(cfg, device):
             batches += [(task, jobs) for jobs in
                         batches_of(prompts[task], samples, cfg.batch_size, cfg.seed)]
         total = sum(len(jobs) for _, jobs in batches)
-        print0(f"{cfg.model} on {world()} x {device.type}: {len(done)} of {total} samples are there")
+        print0(f"{cfg.model} on {world()} x {device.type}: {len(done)} of {total} samples exist")
         path = out / ("samples.jsonl" if rank() == 0 else f"samples.rank_{rank()}.jsonl")
         speed = sample_batches(model, tokenizer, examples, batches, done, path, cfg.seed, sampling)
         tokens = mean_across_ranks({task: t for task, (t, _) in speed.items()}, device)
@@ -298,7 +300,8 @@ def environment():
     """Versions and hardware, for results.json."""
     versions = {"python": platform.python_version()}
     for name in ("torch", "transformers", "datasets", "math-verify"):
-        versions[name] = next((d.version for d in importlib.metadata.distributions(name=name)), None)
+        found = importlib.metadata.distributions(name=name)
+        versions[name] = next((package.version for package in found), None)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"versions": versions, "hardware": {"processes": world(), "gpu": gpu,
                                                "cpu": platform.machine(), "cores": os.cpu_count()}}
@@ -358,18 +361,18 @@ def random_model(shape, device, dtype):
         return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
 
 @torch.no_grad()
-def speed_table(model, cfg, prompt_length=64):
+def speed_table(model, cfg):
     """Time the sampler's variants -> a list of dicts, the bare forward passes that it contains
     first. TFLOP/s are 2 x parameters x tokens through the model / seconds; on random weights the
     share of tokens equal to the exact sampler's says little, and a threshold is never reached."""
     L, K, config, device = cfg.gen_length, cfg.block_length, model.config, model.device
-    prompts = torch.randint(0, config.vocab_size - 2, (cfg.batch_size, prompt_length),
+    prompts = torch.randint(0, config.vocab_size - 2, (cfg.batch_size, cfg.prompt_length),
                             generator=seeded("speed")).to(device)
     canvas = F.pad(prompts, (0, L), value=config.mask_token_id)
 
     def bare():
         for step in range(cfg.diffusion_steps):
-            start = prompt_length + step * (L // K) // cfg.diffusion_steps * K
+            start = cfg.prompt_length + step * (L // K) // cfg.diffusion_steps * K
             igpo.logits_at(model, canvas, None, torch.arange(start, start + K, device=device))
 
     def sampler(**options):
@@ -414,7 +417,8 @@ def speed(cfg, device):
         cells = [f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()]
         print(f"| {' | '.join(cells)} |")
     if device.type == "cuda":
-        print(f"{torch.cuda.get_device_name()}, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        print(f"{torch.cuda.get_device_name()}, {peak:.1f} GiB")
 
 def mean_error(values):
     """Mean ± standard error over runs."""

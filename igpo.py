@@ -985,7 +985,7 @@ def toy_model(seed):
         pad_token_id=tokenizer.pad_token_id)), tokenizer
 
 TOY = dict(
-    model="toy", train_data="toy", sft_data="toy", seed=0, gen_length=20, diffusion_steps=4,
+    model="toy", train_data="toy", sft_data="toy", gen_length=20, diffusion_steps=4,
     block_length=10, rows_per_call=512, prompts_per_step=16, prompts_per_forward=16, min_chunk=1,
     max_chunk=2, room=10, reward_correct=1.0, reward_format=0.0, max_steps=100, lr=3e-4,
     warmup_steps=20, gradient_checkpointing=False, sft_steps=500, sft_batch=128, sft_length=20,

@@ -37,7 +37,6 @@ HERE = Path(__file__).parent
 V, MASK, END = 24, 23, 22  # the tiny models' vocabulary
 torch.set_num_threads(1)
 
-
 def tiny_model(seed=0, cls=LlamaForCausalLM, **changes):
     """A random bidirectional model whose weights are large, so that its predictions differ."""
     torch.manual_seed(seed)
@@ -47,30 +46,24 @@ def tiny_model(seed=0, cls=LlamaForCausalLM, **changes):
                   pad_token_id=END) | changes
     return cls({LlamaForCausalLM: LlamaConfig, Qwen2ForCausalLM: Qwen2Config}[cls](**config)).eval()
 
-
 def shifted_model(seed=2):  # as Dream
     model = tiny_model(seed, Qwen2ForCausalLM)
     model.config.logit_shift = 1
     return model
 
-
 def tiny_tokenizer():
     return igpo.toy_model(0)[1]
 
-
 def random_prompts(rows, length, seed=1):
     return torch.randint(0, MASK - 1, (rows, length), generator=igpo.seeded(seed))
-
 
 def write_jsonl(path, *rows):
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("".join(line + "\n" for line in lines))
     return str(path)
 
-
 # --------------------------------------------------------------------------------------------------
 # 1. The model
-
 
 def llada_folder(folder, model, tokenizer, **config):
     """Write a Llama as a LLaDA checkpoint, with LLaDA's names spelled out once more by hand."""
@@ -102,22 +95,18 @@ def llada_folder(folder, model, tokenizer, **config):
     tokenizer.save_pretrained(folder)
     return folder
 
-
 TOKENIZER_SIZE = len(tiny_tokenizer())  # the tiny models' folders need room for its ids
-
 
 def llada_model(**changes):
     t = tiny_tokenizer()
     return tiny_model(vocab_size=TOKENIZER_SIZE, mask_token_id=t.mask_token_id,
                       eos_token_id=[t.eos_token_id], pad_token_id=t.pad_token_id, **changes)
 
-
 def llada(folder, model=None, **config):
     t = tiny_tokenizer()
     ids = dict(mask_token_id=t.mask_token_id, eos_token_id=t.eos_token_id,
                pad_token_id=t.eos_token_id)
     return llada_folder(folder, model or llada_model(), t, **ids | config)
-
 
 @pytest.mark.parametrize("shape", [{}, {"num_key_value_heads": 2}, {"tie_word_embeddings": True}],
                          ids=["LLaDA", "grouped", "tied"])
@@ -140,7 +129,6 @@ def test_llada_round_trip(tmp_path, shape):
     assert (tmp_path / "out" / "configuration_llada.py").exists()  # for LLaDA's own loader
     assert torch.equal(igpo.load_model(tmp_path / "out")[0](ids).logits, original(ids).logits)
 
-
 def test_dream_is_read_one_position_to_the_left(tmp_path):
     original, ids = shifted_model(), random_prompts(2, 9)
     original.resize_token_embeddings(TOKENIZER_SIZE)
@@ -155,14 +143,12 @@ def test_dream_is_read_one_position_to_the_left(tmp_path):
     igpo.save_model(model, tokenizer, tmp_path / "again")
     assert json.loads((tmp_path / "again/config.json").read_text())["model_type"] == "Dream"
 
-
 def test_the_end_token_s_embedding_learns(tmp_path):
     """transformers gives the padding id an embedding without gradient; here it is the end token."""
     igpo.save_model(*igpo.toy_model(0), tmp_path / "m")
     model, tokenizer = igpo.load_model(tmp_path / "m")
     model(torch.tensor([[1, tokenizer.pad_token_id, 3]])).logits.square().mean().backward()
     assert model.get_input_embeddings().weight.grad[tokenizer.pad_token_id].abs().sum() > 0
-
 
 def test_lora_is_merged_in_float32(tmp_path):
     LoraConfig = pytest.importorskip("peft").LoraConfig
@@ -178,9 +164,9 @@ def test_lora_is_merged_in_float32(tmp_path):
     delta = 2 * module.lora_B["default"].weight @ module.lora_A["default"].weight
     name = "model.layers.0.mlp.up_proj.weight"
     assert merged[name].dtype == torch.float32
-    assert torch.allclose(merged[name] - base[name].float(), delta, atol=1e-6) and delta.abs().max() > 1e-5
+    assert torch.allclose(merged[name] - base[name].float(), delta, atol=1e-6)
+    assert delta.abs().max() > 1e-5
     assert torch.equal(merged["lm_head.weight"], base["lm_head.weight"].float())
-
 
 def test_counted_tokens_include_the_first_end_token():
     ids = torch.tensor([[1, 2, END, 3, END], [END, 1, 1, 1, 1], [1, 2, 3, 4, 5]])
@@ -188,10 +174,8 @@ def test_counted_tokens_include_the_first_end_token():
     assert igpo.counted_tokens(ids, END).tolist() == [[T, T, T, N, N], [T, N, N, N, N], [T] * 5]
     assert igpo.counted_tokens(ids, [END, 2]).sum(1).tolist() == [2, 1, 2]
 
-
 # --------------------------------------------------------------------------------------------------
 # 2. The sampler
-
 
 @torch.no_grad()
 def published_sampler(model, prompt, hints, K, steps, threshold=None):
@@ -213,7 +197,6 @@ def published_sampler(model, prompt, hints, K, steps, threshold=None):
                     x[i] = best[i]
     return x[P:]
 
-
 class Forwards:
     """Counts a model's forward passes, the rows in them and the tokens in them."""
 
@@ -231,13 +214,11 @@ class Forwards:
     def __exit__(self, *error):
         self.handle.remove()
 
-
 def some_hints(share, L=12):
     hints = torch.full((3, L), MASK)
     given = torch.rand(3, L, generator=igpo.seeded(4)) < share
     hints[given] = random_prompts(3, L, 5)[given]
     return hints
-
 
 @pytest.mark.parametrize("K, steps", [(12, 12), (12, 5), (4, 6), (4, 12), (3, 4)])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -249,7 +230,6 @@ def test_greedy_sampling_is_the_published_sampler(K, steps, share):
     assert torch.equal(out, torch.stack(want)) and not (out == MASK).any()
     assert torch.equal(out[hints != MASK], hints[hints != MASK])
 
-
 @pytest.mark.parametrize("threshold", [0.0, 0.4, 0.9, 1.0])
 def test_threshold_fills_in_what_is_sure_and_at_least_one(threshold):
     model, prompts, hints = tiny_model(2), random_prompts(3, 5), some_hints(0.3)
@@ -259,7 +239,6 @@ def test_threshold_fills_in_what_is_sure_and_at_least_one(threshold):
     want = [published_sampler(model, q, h, 4, 3, threshold) for q, h in zip(prompts, hints)]
     assert torch.equal(out, torch.stack(want)) and (threshold > 0 or count.calls == 3)
 
-
 def test_padding_changes_nothing():
     model, short, long = tiny_model(2), random_prompts(1, 4), random_prompts(1, 7)
     prompts, mask = igpo.pad_left([short[0].tolist(), long[0].tolist()], END)
@@ -267,7 +246,6 @@ def test_padding_changes_nothing():
     settings = dict(gen_length=8, block_length=4, steps=8)
     both = igpo.sample(model, prompts, prompt_mask=mask, **settings)
     assert torch.equal(both, torch.cat([igpo.sample(model, q, **settings) for q in (short, long)]))
-
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.7])
 @pytest.mark.parametrize("lead", [3.0, 1000.0])
@@ -283,7 +261,6 @@ def test_the_draw_has_the_softmax_distribution(temperature, lead):
     assert torch.allclose(tokens.bincount(minlength=128) / 20000, want.float(), atol=1e-3)
     assert torch.allclose(confidence, logits[0].log_softmax(-1)[tokens], rtol=1e-4, atol=1e-5)
 
-
 @pytest.mark.parametrize("options", [{}, {"cache": "block", "threshold": 0.5}])
 def test_a_row_depends_on_its_own_generator_alone(options):
     model, prompts = tiny_model(2), random_prompts(6, 5)
@@ -294,7 +271,6 @@ def test_a_row_depends_on_its_own_generator_alone(options):
         alone = igpo.sample(model, prompts[rows], generator=igpo.seeded(i), **settings)
         assert torch.equal(together[rows], alone)
     assert len(igpo.sample(model, prompts[:1].expand(6, -1), **settings).unique(dim=0)) > 1
-
 
 def test_rows_that_have_ended_leave_the_batch_and_keep_their_text():
     model, prompts = tiny_model(2), random_prompts(32, 5)
@@ -308,7 +284,6 @@ def test_rows_that_have_ended_leave_the_batch_and_keep_their_text():
     assert (early[~counted & (early != full)] == END).all() and not (early == MASK).any()
     blocks = (counted.sum(1) + 3) // 4  # a row is written up to the block of its end token
     assert count.rows == 4 * blocks.sum() < 32 * 24
-
 
 @pytest.mark.parametrize("make", [lambda: tiny_model(2), shifted_model], ids=["llama", "dream"])
 def test_the_cache_computes_the_block_alone(make):
@@ -329,24 +304,22 @@ def test_the_cache_computes_the_block_alone(make):
         full = igpo.logits_at(model, canvas, seen, positions)
     assert torch.allclose(first, full, atol=1e-5) and torch.allclose(again, full, atol=1e-5)
 
-
 def test_the_sampler_costs_little_more_than_its_forwards_and_the_cache_far_less():
     """Bounds far from what is measured (1.05, and 4 times), since others may use the machine."""
     shape = dict(hidden_size=128, intermediate_size=344, num_hidden_layers=3, vocab_size=2048)
     model = evaluation.random_model(shape | {"num_attention_heads": 4}, "cpu", torch.float32)
     flags = ["--gen_length", "128", "--diffusion_steps", "32", "--batch_size", "2"]
-    cfg = igpo.parse(evaluation.Config, [*flags, "--temperature", "1"])
-    rounds = [evaluation.speed_table(model, cfg, prompt_length=96) for _ in range(3)]
+    cfg = igpo.parse(evaluation.Config, [*flags, "--temperature", "1", "--prompt_length", "96"])
+    rounds = [evaluation.speed_table(model, cfg) for _ in range(3)]
     ratio = {row["variant"]: statistics.median(r[i]["x bare"] for r in rounds)
              for i, row in enumerate(rounds[0])}
     assert list(ratio) == ["bare forwards", "exact", "cache", "threshold", "cache + threshold"]
     assert ratio["exact"] < 1.6 and ratio["cache"] < 0.8 and rounds[0][1]["equal"] == 1
-    assert [row["forwards"] for row in rounds[0]][:3] == [32, 32, 32] and not model._forward_pre_hooks
-
+    assert [row["forwards"] for row in rounds[0]][:3] == [32, 32, 32]
+    assert not model._forward_pre_hooks
 
 # --------------------------------------------------------------------------------------------------
 # 3. Hints
-
 
 @pytest.mark.parametrize("ratio, chunks", [(0.5, 3), (0.01, 1), (0.99, 6), (1, 7), (0, 0)])
 def test_a_hint_is_whole_chunks_at_their_own_positions(ratio, chunks):
@@ -359,15 +332,15 @@ def test_a_hint_is_whole_chunks_at_their_own_positions(ratio, chunks):
         assert torch.equal(hint[:33][given[:33]], trace[given[:33]])
         pieces = [given[i: min(i + 5, 33)] for i in range(0, 33, 5)]
         assert all(piece.all() or not piece.any() for piece in pieces)
-        assert sum(bool(piece.any()) for piece in pieces) == chunks  # floor(eta N), but one at least
-
+        assert sum(bool(piece.any()) for piece in pieces) == chunks  # floor(eta N), one at least
 
 def test_a_hint_leaves_room_for_the_answer():
     trace = torch.arange(1, 401)
-    assert igpo.make_hint(trace, 1, gen_length=256, mask_id=0).tolist() == [*range(1, 227)] + [0] * 30
-    assert igpo.make_hint(trace, 1, gen_length=9, mask_id=0, room=4).tolist() == [1, 2, 3, 4, 5] + [0] * 4
+    hint = igpo.make_hint(trace, 1, gen_length=256, mask_id=0)
+    assert hint.tolist() == [*range(1, 227)] + [0] * 30
+    hint = igpo.make_hint(trace, 1, gen_length=9, mask_id=0, room=4)
+    assert hint.tolist() == [1, 2, 3, 4, 5] + [0] * 4
     assert not igpo.make_hint(trace[:0], 1, gen_length=9, mask_id=0).any()
-
 
 def test_chunk_lengths_and_choice_are_random_within_bounds():
     hints = [igpo.make_hint(torch.arange(1, 201), 0.3, gen_length=200, mask_id=0, room=0,
@@ -378,13 +351,12 @@ def test_chunk_lengths_and_choice_are_random_within_bounds():
     runs = torch.cat([(e == -1).nonzero() - (e == 1).nonzero() for e in edges])
     assert len(runs.unique()) > 8 and (runs < 5).float().mean() < 0.1
 
-
 @pytest.mark.parametrize("solution, answer, question, trace", [
-    ("Half of 48 is 24.\nThen 48+24 = 72 clips.\n#### 72", "72", "", "Half of 48 is 24.\nThen 48+24 ="),
+    ("Half is 24.\nThen 48+24 = 72 clips.\n#### 72", "72", "", "Half is 24.\nThen 48+24 ="),
     ("6-5=$1.00 and 720 + 270 = $990.00", "990", "", "6-5=$1.00 and 720 + 270 ="),
     ("We get 1,200 + 34 = 1,234.\nThe answer is: 1234", "1234", "", "We get 1,200 + 34 ="),
     (r"So $x = \frac{1}{2}$, hence $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}", "", "So $x ="),
-    (r"It is $\frac{a}{12}$ with 12.", "12", "", "It is"),  # never inside a command
+    (r"It is $\frac{a b}{c + 12}$ or 12.", "12", "", "It is"),  # never inside a command
     ("There are 120 of 12, so 12.", "12", "", "There are 120 of"),
     ("max is the a of it", "a", "", "max is the"),
     ("The sum is -3.\nThe answer is: -3", "-3", "", "The sum is"),
@@ -393,7 +365,6 @@ def test_chunk_lengths_and_choice_are_random_within_bounds():
     ("It is seventy-two.\n#### 72", "72", "", None), ("72", "72", "", None), ("any", "", "", None)])
 def test_the_answer_is_cut_off_the_trace(solution, answer, question, trace):
     assert igpo.cut_trace(solution, answer, question) == trace
-
 
 def test_no_hint_holds_the_answer_unless_the_question_does():
     rng = random.Random(0)
@@ -404,7 +375,6 @@ def test_no_hint_holds_the_answer_unless_the_question_does():
         assert a + b in (a, b) or Decimal(a + b) not in map(Decimal, igpo.NUMBER.findall(trace))
     for problem in igpo.toy_problems(300, 0):
         assert problem.answer not in problem.trace
-
 
 # --------------------------------------------------------------------------------------------------
 # 4. Rewards. The tables hold: reference ¦ content of the box
@@ -501,7 +471,6 @@ p - q ¦ q - p
 MR=SRMC ¦ MR = LRMC
 """
 
-
 def test_the_rules_of_the_grader():
     failures = []
     for table, verdict in (RIGHT_ANSWERS, True), (WRONG_ANSWERS, False):
@@ -513,7 +482,6 @@ def test_the_rules_of_the_grader():
     for reference in 18, 18.0, "18":
         assert igpo.grade("<answer>\n$18 dollars\n</answer>", reference)
     assert igpo.grade(r"\boxed{1.5}", 1.5) and not igpo.grade("18", "18")
-
 
 @pytest.mark.parametrize("completion, answer", [
     ("", None), ("The answer is 18.", None),                     # merely mentioned
@@ -527,7 +495,6 @@ def test_the_rules_of_the_grader():
 def test_committed_answer(completion, answer):
     assert igpo.committed_answer(completion) == answer
 
-
 HOSTILE = [
     r"9^{9^{9^9}}", "((10^9)!)!", r"\binom{10^9}{5\cdot10^8}", "1e999999999", "5\0",
     "1e-999999999", r"10^{10^{10}}-10^{10^{10}}", r"\frac{1}{0}", "\ud800+x", "\u202e5+x",
@@ -537,17 +504,16 @@ HOSTILE = [
     " " * 100_000, r"\boxed{" * 100_000 + "}" * 100_000, "{" * 1_000_000,
     "<answer>" * 120_000, "<answer></answer>" * 60_000, r"\boxed" + " " * 1_000_000]
 
-
 def test_hostile_answers_and_references_cost_little():
     igpo.grade(r"\boxed{x}", "y")  # the judge's start is not counted
     for text in HOSTILE:
         for completion, reference in (rf"\boxed{{{text}}}", r"\frac{3}{5}"), (r"\boxed{x+1}", text):
-            began, spent = time.process_time(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+            began = time.process_time()
+            spent = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
             assert not igpo.grade(completion, reference), text[:40]
             spent = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - spent
             assert time.process_time() - began + spent < 2, text[:40]
         assert igpo.committed_answer(text + r"\boxed{7}") is not None
-
 
 def test_answers_that_are_given_up_are_counted_and_harm_nobody():
     before = igpo.GRADE_TIMEOUTS
@@ -561,7 +527,6 @@ def test_answers_that_are_given_up_are_counted_and_harm_nobody():
     assert not igpo.grade(r"\boxed{1+x}", "x+1") and time.time() - began < 8
     assert igpo.GRADE_TIMEOUTS == before + 2 and igpo.grade(r"\boxed{1+x}", "x+1")
 
-
 def test_format_score_by_hand():
     form = "<reasoning>\n1+1=2\n</reasoning>\n<answer>\n\\boxed{2}\n</answer>"
     assert igpo.format_score(form) == 0.75 and igpo.format_score("") == 0
@@ -569,12 +534,10 @@ def test_format_score_by_hand():
     assert igpo.format_score("\\boxed{2} \\boxed{3}") == 0.25
     assert igpo.format_score("<answer>2</answer>") == 0.125  # the opening tags end their lines
 
-
 # --------------------------------------------------------------------------------------------------
 # 5. Elastic roll-out. A response is the number in its first column; 1 is right, all else wrong.
 
 G, L = 8, 6
-
 
 class Draw:
     """Stands for the sampler: draws given first columns, keeps hints, remembers what was asked."""
@@ -591,7 +554,6 @@ class Draw:
             out[..., 1:] = torch.where(hints[..., 1:] == MASK, out[..., 1:], hints[..., 1:])
         return out
 
-
 def roll(draw, N, traces=None, **settings):
     prompts = torch.arange(N)[:, None]
     return igpo.rollout(
@@ -599,9 +561,8 @@ def roll(draw, N, traces=None, **settings):
         [1] * N, traces or [torch.arange(10, 10 + L)] * N, [igpo.seeded(n) for n in range(N)],
         mask_id=MASK, **dict(chunk=(2, 2), eta=(0.4, 0.9), room=0) | settings)
 
-
 def test_hints_are_drawn_for_the_all_wrong_groups_alone():
-    draw = Draw([[0] * G, [1] + [0] * 7, [2] * G, [0] * G], [[1] * 3 + [0] * 5, [0] * G])
+    draw = Draw([[0] * G, [1] + [0] * 7, [2] * G, [0] * G], [[0] * 5 + [1] * 3, [0] * G])
     out = roll(draw, 4, [torch.arange(10, 16)] * 3 + [None])  # without a trace there is no hint
     assert [rows for rows, _ in draw.calls] == [[0, 1, 2, 3], [0, 2]]
     assert out.first_correct.sum(1).tolist() == [0, 1, 0, 0]
@@ -610,10 +571,10 @@ def test_hints_are_drawn_for_the_all_wrong_groups_alone():
     hints = draw.calls[1][1]
     assert hints.shape == (2, G, L) and len(hints[0].unique(dim=0)) > 1  # each its own eta, chunks
     for g in range(3):  # the hint mask travels with the response it belongs to
-        assert torch.equal(out.hinted[0, g], hints[0, g] != MASK)
-        kept = torch.where(hints[0, g] == MASK, 9, hints[0, g])[1:]
+        hint = hints[0, 5 + g]
+        assert torch.equal(out.hinted[0, g], hint != MASK)
+        kept = torch.where(hint == MASK, 9, hint)[1:]
         assert torch.equal(out.completions[0, g, 1:], kept)
-
 
 @pytest.mark.parametrize("right, lam, K", [(0, 0.5, 0), (3, 0.5, 3), (4, 0.5, 4), (7, 0.5, 4),
                                            (8, 1.0, 8), (8, 0.3, 2), (8, 0.0, 0)])
@@ -622,7 +583,6 @@ def test_K_is_the_smaller_of_right_ones_and_lambda_G(right, lam, K):
     assert out.correct.sum() == K == (out.completions[0, :, 0] == 1).sum()
     A, rho = igpo.group_advantages(out.correct), K / G  # Theorem 1
     assert A.square().mean().item() == pytest.approx(rho * (1 - rho))
-
 
 def test_algorithms():
     draw = Draw([[0] * G])
@@ -635,7 +595,6 @@ def test_algorithms():
     roll(draw, 1, eta=(1.0, 1.0))
     assert torch.equal(draw.calls[1][1][0], torch.arange(10, 16).expand(G, L))
 
-
 def test_groups_are_sampled_as_rows_are():
     model, settings = tiny_model(2), dict(gen_length=8, block_length=4, steps=4, temperature=1.0)
     prompts, mask = igpo.pad_left([[1, 2, 3], [4, 5, 6, 7], [8]], END)
@@ -646,10 +605,8 @@ def test_groups_are_sampled_as_rows_are():
             model, prompts[i].expand(2, -1), prompt_mask=mask[i].expand(2, -1),
             generator=igpo.seeded(i), **settings))
 
-
 # --------------------------------------------------------------------------------------------------
 # 6. Log-probabilities
-
 
 def row_by_row_logps(model, prompts, mask, completions):
     """What the released code does: each of the N * G rows by itself, here without padding."""
@@ -661,7 +618,6 @@ def row_by_row_logps(model, prompts, mask, completions):
             logps.append(torch.stack([table[k, completions[n, g, k]] for k in range(L)]))
         entropy.append(-(table.exp() * table).sum(-1))
     return torch.stack(logps).view(N, G, L), torch.stack(entropy)
-
 
 def test_one_forward_for_the_group_has_the_loss_and_gradient_of_row_by_row():
     model = tiny_model(1)
@@ -677,10 +633,8 @@ def test_one_forward_for_the_group_has_the_loss_and_gradient_of_row_by_row():
         assert torch.allclose(a, b, atol=1e-3 * max(b.abs().max().item(), 0.1))
     assert not found[0][1].requires_grad  # the entropy selects; nothing is optimised through it
 
-
 # --------------------------------------------------------------------------------------------------
 # 7. The IGPO objective
-
 
 def test_advantages_are_centred_and_not_scaled():
     rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [3.75, 0.75, 0.75, 0.75]])
@@ -690,7 +644,6 @@ def test_advantages_are_centred_and_not_scaled():
     assert torch.equal(igpo.group_advantages(rewards[:2].bool()), want[:2])
     assert torch.equal(igpo.group_advantages(rewards[:2].int()), want[:2])
     assert igpo.group_advantages(rewards.double()).dtype == torch.float64
-
 
 def test_entropy_filter_keeps_the_most_uncertain_hint_tokens():
     entropy = torch.tensor([[0.5, 3.0, 0.1, 2.0, 9.0, 1.0, 0.7, 0.2, 0.3, 0.4]])
@@ -706,7 +659,6 @@ def test_entropy_filter_keeps_the_most_uncertain_hint_tokens():
                        igpo.entropy_filter(entropy, hints, 0.2)[0, 0])
     assert igpo.entropy_filter(torch.rand(170), torch.ones(170).bool(), 0.3).sum() == 51
 
-
 def naive_policy_loss(logps, old, ref, A, mask, epsilon, beta, per_token):
     total, (N, G, L) = 0.0, logps.shape
     for n in range(N):
@@ -720,7 +672,6 @@ def naive_policy_loss(logps, old, ref, A, mask, epsilon, beta, per_token):
                 kl = math.exp(d) - d - 1
                 total += (min(rho * a, clipped * a) - beta * kl) / len(places)
     return -total / (N * G)
-
 
 @pytest.mark.parametrize("ratio", ["sequence", "token"])
 def test_policy_loss_is_the_formula(ratio):
@@ -736,7 +687,6 @@ def test_policy_loss_is_the_formula(ratio):
     with pytest.raises(ValueError, match="'sequence' or 'token'"):
         igpo.policy_loss(logps, old, ref, A, mask, ratio="word")
 
-
 def test_policy_gradient_by_hand():
     """On policy, token k of response i has the gradient -A_i / (G |o_i|); none where masked."""
     logps = torch.zeros(1, 2, 3, requires_grad=True)
@@ -747,7 +697,6 @@ def test_policy_gradient_by_hand():
     assert torch.allclose(logps.grad, torch.tensor([[[-0.125, -0.125, 0], [0.25, 0, 0]]]))
     assert metrics == {"kl": 0.0, "ratio": 1.0, "clip_fraction": 0.0}
 
-
 @pytest.mark.parametrize("shift, A, moves", [(0.5, 1.0, False), (0.5, -1.0, True),
                                              (-0.5, 1.0, True), (-0.5, -1.0, False)])
 def test_the_clip_stops_only_what_went_too_far(shift, A, moves):
@@ -757,7 +706,6 @@ def test_the_clip_stops_only_what_went_too_far(shift, A, moves):
     loss.backward()
     assert bool(logps.grad.abs().sum() > 0) == moves and metrics["clip_fraction"] == 1 - moves
 
-
 def test_the_kl_pulls_towards_the_reference():
     logps, ref = torch.full((1, 1, 2), -1.0, requires_grad=True), torch.tensor([[[-0.5, -2.0]]])
     mask = torch.ones(1, 1, 2).bool()
@@ -765,7 +713,6 @@ def test_the_kl_pulls_towards_the_reference():
     assert metrics["kl"] == pytest.approx((math.exp(0.5) - 1.5 + math.exp(-1)) / 2)
     loss.backward()
     assert logps.grad[0, 0, 0] < 0 < logps.grad[0, 0, 1]  # descent raises the one, lowers the other
-
 
 def test_an_update_makes_right_responses_likelier():
     """The sign of everything at once: model, log-probabilities, advantages, loss, optimizer."""
@@ -784,10 +731,8 @@ def test_an_update_makes_right_responses_likelier():
         assert igpo.optimizer_step(model, optimizer, 1e-3, 1.0) > 0
     assert gaps[-1] > gaps[0] + 0.05
 
-
 # --------------------------------------------------------------------------------------------------
 # 8. The SFT objective
-
 
 def test_sft_loss_is_the_formula():
     model, B, L = tiny_model(1), 3, 8
@@ -811,13 +756,11 @@ def test_sft_loss_is_the_formula():
               for s in range(60)]
     assert 0.4 < statistics.mean(shares) < 0.6  # t ~ U(0, 1) where none is given
 
-
 def test_sft_loss_with_nothing_masked_is_zero_and_finite():
     t = torch.tensor([1e-3])
     loss, metrics = igpo.sft_loss(tiny_model(1), random_prompts(1, 3), random_prompts(1, 4), t=t)
     assert loss.item() == 0 and metrics == {"nll": 0.0, "masked": 0.0}
     loss.backward()
-
 
 # --------------------------------------------------------------------------------------------------
 # Each public function lifts out of igpo.py with the names that it needs, and nothing else.
@@ -826,7 +769,6 @@ LIFTS = {"load_model": 170, "sample": 160, "make_hint": 30, "grade": 150, "rollo
          "completion_logps": 60, "group_advantages": 30, "entropy_filter": 30, "policy_loss": 40,
          "sft_loss": 60}
 SOURCE = (HERE / "igpo.py").read_text()
-
 
 def lifted(name):
     """-> a namespace with this function and what it needs, and the lines that had to be copied"""
@@ -856,7 +798,6 @@ def lifted(name):
               for n in copied]
     return namespace, sum(n.end_lineno - start + 1 for n, start in zip(copied, starts))
 
-
 def lift_calls(folder):
     model, ids, tail = tiny_model(2), random_prompts(1, 3), random_prompts(2, 4)
     part, one = torch.zeros(1, 2, 4), torch.ones(1, 2)
@@ -873,7 +814,6 @@ def lift_calls(folder):
         "policy_loss": lambda f: f(part, part, part, one, part == 0),
         "sft_loss": lambda f: f(model, ids, tail[:1])}
 
-
 @pytest.mark.parametrize("name, most", LIFTS.items())
 def test_each_public_function_lifts_out(name, most, tmp_path):
     namespace, copied = lifted(name)
@@ -882,14 +822,11 @@ def test_each_public_function_lifts_out(name, most, tmp_path):
     print(f"{name}: {copied} lines copied")
     assert copied <= most
 
-
 # --------------------------------------------------------------------------------------------------
 # The recipe (sections 9 to 11): most tests run main() on a LLaDA-format folder with random weights.
 
-
 def meta(query, response, kind="GSM_AnsAug"):
     return {"type": kind, "query": query, "response": response}
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -899,12 +836,12 @@ def world(tmp_path_factory):
     model = tiny_model(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **special)
     llada_folder(folder / "m", model, tokenizer, eos_token_id=tokenizer.eos_token_id, **special)
     pairs = [(a, b) for a in range(1, 7) for b in range(4)]
-    write_jsonl(folder / "meta.jsonl", *[meta(f"{a}.{b}=", f"{a} less {b} leaves what is\n= {a + 8}\nThe "
-                                        f"answer is: {a + 8}") for a, b in pairs])
+    write_jsonl(folder / "meta.jsonl", *[
+        meta(f"{a}.{b}=", f"{a} less {b} leaves what is\n= {a + 8}\nThe answer is: {a + 8}")
+        for a, b in pairs])
     write_jsonl(folder / "sft.jsonl", *[{"prompt": f"{a}.{b}=", "completion": f"{a}{b}"}
                                   for a, b in pairs])
     return folder
-
 
 def flags(world, out, *more, sft=True):
     at = ["--model", world / "m", "--train_data", world / "meta.jsonl", "--out_dir", out]
@@ -915,7 +852,6 @@ def flags(world, out, *more, sft=True):
              "--save_every 1 --warmup_steps 2 --mu 2 --lr 1e-4").split()
     return [str(word) for word in [*at, *sft, *small, *more]]
 
-
 def lines_of(out, stage="rl"):
     """The lines of one stage in metrics.jsonl, less what depends on the clock."""
     timed = ("seconds", "tokens_per_second", "tflops")
@@ -923,11 +859,9 @@ def lines_of(out, stage="rl"):
             for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
             if line["stage"] == stage]
 
-
 def arbitrary(completion, reference):
     """In place of grade: a random model's answers are never right, and IGPO would have no work."""
     return zlib.crc32(completion.encode()) % 8 == 0
-
 
 def same_runs(a, b):
     for stage in "sft", "rl", "eval":
@@ -935,9 +869,7 @@ def same_runs(a, b):
     a, b = (load_file(out / "final" / "model.safetensors") for out in (a, b))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
-
 # Wrong inputs. What to write or do in a copy of the world, the flags, and what the line must say.
-
 
 def edit_config(**changes):
     def edit(world):
@@ -946,14 +878,12 @@ def edit_config(**changes):
         (world / "m" / "config.json").write_text(json.dumps(raw))
     return edit
 
-
 def edit_weights(change):
     def edit(world):
         weights = load_file(world / "m" / "model.safetensors")
         change(weights)
         save_file(weights, world / "m" / "model.safetensors")
     return edit
-
 
 def put(name, content):
     """Replace a file; None: remove it; a number: cut it to so many bytes."""
@@ -967,13 +897,11 @@ def put(name, content):
             path.write_bytes(content.encode() if isinstance(content, str) else content)
     return edit
 
-
 def data(content, name="data.jsonl", flag="--train_data"):
     """Such a file for --train_data; lists are rows."""
     content = "".join(json.dumps(row) + "\n" for row in content) if isinstance(
         content, list) else content
     return put(name, content), f"{flag} WORLD/{name}"
-
 
 SFT = "--stage sft --sft_length 8 --sft_data WORLD/sft.jsonl"
 REWRITE = "--stage rewrite --rewriter WORLD/m --rewrite_data WORLD/sft.jsonl"
@@ -1018,14 +946,14 @@ WRONG = [
     (*data("", "data.json"), r"data.json: Expecting value"),
     (*data("7", "data.json"), "data.json holds no rows"),
     (*data('{"query": "1"}', "data.json"), "data.json holds no rows"),
-    (*data("type,query\na,b\n", "data.csv"), r"data.csv, row 1: no column 'response' \(it has type,"),
+    (*data("type,query\na,b\n", "data.csv"), r"csv, row 1: no column 'response' \(it has type,"),
     (*data("PAR1", "data.parquet"), "data.parquet"),
     (*data(b"\xff\xfe{}"), "data.jsonl: .*utf-8"),
     (*data('{"type": 1}\n{oops\n'), "data.jsonl, line 2: "),
     (*data([GOOD, None]), "row 2: no column 'type'"),
     (*data([GOOD, 7]), "row 2: no column 'type'"),
     (*data([GOOD, ["type"]]), "row 2: no column 'type'"),
-    (*data([{"type": "a", "question": "b"}]), r"row 1: no column 'query' \(it has type, question\)"),
+    (*data([{"type": "a", "question": "b"}]), r"no column 'query' \(it has type, question\)"),
     (*data([GOOD, GOOD | {"query": None}]), "row 2: column 'query' is None, not text"),
     (*data([GOOD | {"response": 7}]), "row 1: column 'response' is 7, not text"),
     (*data([GOOD | {"type": ["GSM_AnsAug"]}]), "row 1: column 'type' is .*not text"),
@@ -1034,7 +962,7 @@ WRONG = [
     (*data([meta("1", "The answer is: ")]), "no row of type GSM"),
     (*data([GOOD]), "has 1 problems, no more than --eval_size"),
     (None, "--max_prompt_length 2", "prompts are longer than --max_prompt_length 2"),
-    (None, "--gen_length 512 --diffusion_steps 64", "prompt of 4 and a completion of 512 .* 128 positions"),
+    (None, "--gen_length 512 --diffusion_steps 64", "prompt of 4 and .* of 512 .* 128 positions"),
     (None, f"{SFT} --sft_length 2", "all examples exceed"),
     (None, f"{SFT} --sft_length 125", "prompt of 4 and a completion of 125 .* 128 positions"),
     (*data([{"prompt": "1"}], flag=f"{SFT} --sft_data"), r"row 1: no column 'completion' \(it has"),
@@ -1059,7 +987,7 @@ WRONG = [
     (put("m/model.safetensors", ""), "", "m: "),
     (put("m/model.safetensors", 5000), "", "m: "),
     (edit_weights(lambda w: w.pop("model.transformer.ln_f.weight")), "", "1 missing .*model.norm"),
-    (edit_weights(lambda w: w.update(extra=torch.ones(2))), "", "1 unexpected weights, first extra"),
+    (edit_weights(lambda w: w.update(extra=torch.ones(2))), "", "1 unexpected .*, first extra"),
     (edit_weights(lambda w: w.update({"model.transformer.ln_f.weight": torch.ones(7)})), "",
      "1 mismatched weights, first model.norm.weight"),
     (edit_config(weight_tying=True), "", "ties the head .* differs"),
@@ -1070,7 +998,6 @@ WRONG = [
     (*data([{"problem": "1", "answer": "1", "solution": "1"}],
            flag=f"{REWRITE} --rewriter WORLD/absent --rewrite_data"), "absent: "),
 ]
-
 
 def test_what_a_user_gets_wrong_is_one_line_that_names_it(world, tmp_path, monkeypatch, capfd):
     failures = []
@@ -1100,13 +1027,11 @@ def test_what_a_user_gets_wrong_is_one_line_that_names_it(world, tmp_path, monke
     assert not failures, "\n".join(failures)
     assert capfd.readouterr().err == ""
 
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_the_default_preset_without_a_gpu_exits_with_status_2():
     done = subprocess.run([sys.executable, "igpo.py"], cwd=HERE, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("igpo.py: ") and "python igpo.py --preset toy" in done.stderr
-
 
 def test_every_number_is_refused_or_within_its_bounds():
     failures, checked = [], 0
@@ -1125,22 +1050,20 @@ def test_every_number_is_refused_or_within_its_bounds():
             failures += [] if inside else [(f.name, word)]
     assert not failures and checked % 6 == 0 and checked >= 6 * 35
 
-
 def test_flags_override_the_preset_which_overrides_the_defaults():
     cfg = igpo.parse(igpo.Config, ["--preset", "toy", "--lr", "0.5", "--tau", "1"], igpo.PRESETS)
     assert (cfg.lr, cfg.tau, cfg.model, cfg.group_size) == (0.5, 1, "toy", 8)
     assert igpo.parse(igpo.Config, [], igpo.PRESETS) == igpo.Config()
 
-
 # Data
-
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
 def test_metamath_filter_deduplication_answers_and_traces(tmp_path, suffix):
     rows = [meta("What is 2+3?", "It is\n2+3 = 5\n#### 5\nThe answer is: 5"),
             meta("What is 2+3?", "Again 2+3 = 5\nThe answer is: 5"),
             meta("Tell me 2+3", "5\nThe answer is: 5", "GSM_Rephrased"),
-            meta("Half?", "Half it. It is $\\frac{1}{2}$.\nThe answer is: \\frac{1}{2}", "MATH_AnsAug"),
+            meta("Half?", "Half it. It is $\\frac{1}{2}$.\nThe answer is: \\frac{1}{2}",
+                 "MATH_AnsAug"),
             meta("Words?", "Five.\n#### 5\nThe answer is: 5"), meta("None?", "It is 5.")]
     path = tmp_path / f"data{suffix}"
     if suffix == ".csv":
@@ -1158,16 +1081,15 @@ def test_metamath_filter_deduplication_answers_and_traces(tmp_path, suffix):
     assert half.trace.startswith("Half it. It is") and "frac" not in half.trace
     assert words == ("Words?", "5", None)
 
-
 def test_held_out_problems_are_not_trained_on(tmp_path):
-    path = write_jsonl(tmp_path / "meta.jsonl", *[meta(f"{a}", f"The answer is: {a}") for a in range(20)])
+    rows = [meta(f"{a}", f"The answer is: {a}") for a in range(20)]
+    path = write_jsonl(tmp_path / "meta.jsonl", *rows)
     cfg = igpo.parse(igpo.Config, ["--train_data", path, "--eval_size", "5"], igpo.PRESETS)
     problems, held_out = igpo.load_problems(cfg)
     assert (len(problems), len(held_out)) == (15, 5) and not set(problems) & set(held_out)
     cfg = igpo.parse(igpo.Config, ["--preset", "toy", "--eval_size", "50"], igpo.PRESETS)
     problems, held_out = igpo.load_problems(cfg)
     assert len(held_out) == 50 and held_out != problems[:50]
-
 
 def test_prompts_too_long_are_left_out_and_traces_stand_behind_the_opening_tag():
     tokenizer = tiny_tokenizer()
@@ -1177,7 +1099,6 @@ def test_prompts_too_long_are_left_out_and_traces_stand_behind_the_opening_tag()
     assert tokenizer.decode(examples[1].trace) == "<reasoning>\n2"
     ids, mask = igpo.pad_left([e.prompt for e in examples], 7)
     assert ids[0].tolist() == [7, *examples[0].prompt] and mask.tolist()[0] == [False] + [True] * 3
-
 
 def test_the_chat_template_asks_for_the_form():
     tokenizer = tiny_tokenizer()
@@ -1189,7 +1110,6 @@ def test_the_chat_template_asks_for_the_form():
     assert "".join(words[-7:]) == "26.45=</answer>"
     assert {"<reasoning>\n", "<answer>\n", "</answer>", "\\boxed{"} <= set(words)
 
-
 def test_batches_go_through_each_epoch_once():
     seen = [i for step in range(10) for i in igpo.batch_indices(20, 4, step, 0)]
     assert sorted(seen[:20]) == sorted(seen[20:]) == list(range(20)) and seen[:20] != seen[20:]
@@ -1197,9 +1117,8 @@ def test_batches_go_through_each_epoch_once():
     assert igpo.batch_indices(20, 4, 7, 0) == seen[28:32]  # a function of the step alone
     assert igpo.batch_indices(20, 20, 0, 1) != seen[:20]
 
-
 def test_the_toy_world():
-    toy, (model, tokenizer) = igpo.PRESETS["toy"], igpo.toy_model(0)
+    toy, tokenizer = igpo.PRESETS["toy"], tiny_tokenizer()
     problems, rows = igpo.toy_problems(200, 1), igpo.toy_sft_rows(200, 1)
     assert problems == igpo.toy_problems(200, 1) != igpo.toy_problems(200, 2)
     assert rows == igpo.toy_sft_rows(200, 1) != igpo.toy_sft_rows(200, 2)
@@ -1212,14 +1131,12 @@ def test_the_toy_world():
     assert all(len(tokenizer(row["completion"]).input_ids) < toy["sft_length"] for row in rows)
     assert all(igpo.committed_answer(row["completion"]) for row in rows)
 
-
 # End to end
 
 CONTRACT = set(
     "reward accuracy accuracy_after all_wrong all_wrong_after rescued hint_tokens hint_tokens_kept "
     "empty_hints kl ratio clip_fraction entropy loss grad_norm skipped lr completion_length cache "
     "threshold tokens_per_second seconds seconds_rollout seconds_update".split())
-
 
 def test_the_toy_recipe_with_the_fast_sampler(tmp_path, monkeypatch, capsys):
     asked, sample = [], igpo.sample
@@ -1247,7 +1164,6 @@ def test_the_toy_recipe_with_the_fast_sampler(tmp_path, monkeypatch, capsys):
         igpo.main(["--preset", "toy", "--out_dir", str(out)])
     assert left == sorted(path.relative_to(out) for path in out.rglob("*"))
 
-
 def test_sft_learns(world, tmp_path):
     igpo.main(flags(world, tmp_path / "run", "--stage", "sft", "--sft_steps", 60, "--sft_batch", 24,
                     "--sft_rows_per_forward", 9, "--sft_lr", 1e-2, "--warmup_steps", 9))
@@ -1259,7 +1175,6 @@ def test_sft_learns(world, tmp_path):
     assert rates[9:] == sorted(rates[9:], reverse=True) and rates[-1] < 3e-4  # linear to zero
     assert rates[20] - rates[30] == pytest.approx(rates[40] - rates[50])
     assert igpo.schedule(60, 60, 9) == 0 and igpo.schedule(0, 1, 50) > 0
-
 
 def test_epochs_give_the_steps_and_max_steps_cuts(world, tmp_path, capsys):
     """Three steps are checked against the LLaDA format, with weights in LLaDA's names again."""
@@ -1280,7 +1195,6 @@ def test_epochs_give_the_steps_and_max_steps_cuts(world, tmp_path, capsys):
     state = json.loads((tmp_path / "cut" / "state.json").read_text())
     assert (state["stage"], state["step"]) == ("rl", 3)  # the last step is checkpointed
 
-
 def test_updates_that_are_not_finite_change_nothing_and_end_the_run(world, tmp_path, monkeypatch):
     model = tiny_model()
     before = [p.clone() for p in model.parameters()]
@@ -1289,14 +1203,13 @@ def test_updates_that_are_not_finite_change_nothing_and_end_the_run(world, tmp_p
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     assert all(p.grad is None for p in model.parameters())
     loss = igpo.policy_loss
-    monkeypatch.setattr(igpo, "policy_loss", lambda *a, **k: (loss(*a, **k)[0] * math.inf, {"kl": 0}))
+    monkeypatch.setattr(igpo, "policy_loss",
+                        lambda *a, **k: (loss(*a, **k)[0] * math.inf, {"kl": 0}))
     with pytest.raises(igpo.UsageError, match="no gradient of this step was finite"):
         igpo.main(flags(world, tmp_path / "run", "--mu", 10, sft=False))
     assert len(lines_of(tmp_path / "run")) == 1 and not (tmp_path / "run" / "state.json").exists()
 
-
 # Rewriting
-
 
 def test_rewriting_keeps_what_is_short_in_form_and_right(world, tmp_path, monkeypatch, capsys):
     tokenizer = tiny_tokenizer()
@@ -1309,8 +1222,8 @@ def test_rewriting_keeps_what_is_short_in_form_and_right(world, tmp_path, monkey
         {"problem": f"{a}.1=", "answer": str(a - 1)} | ({"generations": [f"6{a}", "x"]} if a % 2
                                                         else {"solution": f"6{a}"})
         for a in range(1, 7)])
-    argv = [*"--preset toy --stage rewrite --sft_length 24 --rewrite_batch 2 --rewrite_data".split(),
-            data, "--rewriter", str(tmp_path / "w"), "--out_dir"]
+    argv = [*"--preset toy --stage rewrite --sft_length 24 --rewrite_batch 2".split(),
+            "--rewrite_data", data, "--rewriter", str(tmp_path / "w"), "--out_dir"]
     igpo.main([*argv, str(tmp_path / "useless")])  # the real pipeline, of random weights
     assert "0 of 6 rewritten traces" in capsys.readouterr().out
     assert len((tmp_path / "useless" / "rewritten.0.jsonl").read_text().splitlines()) == 6
@@ -1351,13 +1264,10 @@ def test_rewriting_keeps_what_is_short_in_form_and_right(world, tmp_path, monkey
     assert [row["prompt"] for row in kept] == ["1.1=", "2.1=", "6.1="]
     assert kept[2]["completion"] == good.replace("ANSWER", "5")
 
-
 # Resuming
-
 
 class Interrupted(Exception):
     pass
-
 
 @contextlib.contextmanager
 def interrupted(stage, step):
@@ -1374,7 +1284,6 @@ def interrupted(stage, step):
             patch.setattr(igpo, name, stop(name, at, getattr(igpo, name)))
         yield
 
-
 @pytest.fixture(scope="module")
 def whole(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
@@ -1383,16 +1292,13 @@ def whole(world, tmp_path_factory):
         igpo.main(flags(world, out))
     return out
 
-
 @pytest.fixture
 def arbitrary_grades(monkeypatch):
     monkeypatch.setattr(igpo, "grade", arbitrary)
 
-
 def broken(argv, stage, step):
     with interrupted(stage, step), pytest.raises(Interrupted):
         igpo.main(argv)
-
 
 def test_a_resumed_run_is_the_uninterrupted_one(world, whole, tmp_path, arbitrary_grades):
     rl = lines_of(whole)
@@ -1411,7 +1317,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(world, whole, tmp_path, arbitrar
     same_runs(whole, tmp_path / "run")
     with pytest.raises(igpo.UsageError, match=r"was started with --mu 2$"):
         igpo.main([*argv, "--resume", "--mu", "1"])
-
 
 def test_lora_with_dropout_resumes_and_goes_on_from_base_and_adapter(world, tmp_path,
                                                                      arbitrary_grades):
@@ -1453,7 +1358,6 @@ def test_lora_with_dropout_resumes_and_goes_on_from_base_and_adapter(world, tmp_
     merged = igpo.merged_weights(policy.bfloat16())  # not rounded to the base's bfloat16
     assert {weight.dtype for weight in merged.values()} == {torch.float32}
 
-
 def in_processes(argv, count=1, **limits):
     """main() in forked processes, as torchrun or a shell starts it -> [(status, stderr)]. limits:
     the largest file that can be written, in bytes, as if the disk were full after it."""
@@ -1484,7 +1388,6 @@ def in_processes(argv, count=1, **limits):
     status = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     return [(code, file.seek(0) or file.read()) for code, file in zip(status, said)]
 
-
 def nearly_same_runs(a, b):
     for stage in "sft", "rl", "eval":
         assert len(lines_of(a, stage)) == len(lines_of(b, stage))
@@ -1494,7 +1397,6 @@ def nearly_same_runs(a, b):
                 same = x[name] == (pytest.approx(y[name], rel=1e-5, abs=1e-7)
                                    if isinstance(y[name], float) else y[name])
                 assert same, (stage, x["step"], name, x[name], y[name])
-
 
 def test_two_processes_take_the_steps_of_one_and_resume_each_other(world, whole, tmp_path,
                                                                    arbitrary_grades):
@@ -1507,7 +1409,6 @@ def test_two_processes_take_the_steps_of_one_and_resume_each_other(world, whole,
     broken(second, "rl", 2)
     assert in_processes([*second, "--resume"], 2) == [(0, "")] * 2
     nearly_same_runs(tmp_path / "b", whole)
-
 
 def test_tied_weights_and_lopsided_roll_outs_on_two_processes(world, tmp_path, monkeypatch):
     monkeypatch.setattr(igpo, "grade", lambda *_: igpo.rank() == 1)  # rank 0 draws twice, 1 once
@@ -1524,9 +1425,7 @@ def test_tied_weights_and_lopsided_roll_outs_on_two_processes(world, tmp_path, m
     assert final.lm_head.weight is final.get_input_embeddings().weight
     assert not torch.equal(final.lm_head.weight, tied.lm_head.weight)
 
-
 # Nothing lost
-
 
 def test_a_full_disk_is_one_line_and_loses_nothing(world, whole, tmp_path, arbitrary_grades):
     out = tmp_path / "run"
@@ -1547,7 +1446,6 @@ def test_a_full_disk_is_one_line_and_loses_nothing(world, whole, tmp_path, arbit
     assert full("final", 50_000, "--resume") and not (out / "final").exists()
     igpo.main([*argv, "--resume"])
     same_runs(whole, out)
-
 
 def test_damaged_files_are_named_on_resume(world, whole, tmp_path, arbitrary_grades, capfd):
     base, failures = tmp_path / "base", []
@@ -1582,7 +1480,7 @@ def test_damaged_files_are_named_on_resume(world, whole, tmp_path, arbitrary_gra
     assert not failures, "\n".join(failures)
     assert "Traceback" not in capfd.readouterr().err
 
-
+@pytest.mark.filterwarnings("ignore")
 def test_kills_while_saving_leave_the_checkpoint_before(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     model = tiny_model(hidden_size=128)
@@ -1604,7 +1502,6 @@ def test_kills_while_saving_leave_the_checkpoint_before(tmp_path):
         assert step == 0 or (model.lm_head.weight == step).all()
     assert step > 8
 
-
 TORCHRUN = """
 import sys, time, zlib, igpo
 igpo.grade = lambda text, reference: zlib.crc32(text.encode()) % 8 == 0
@@ -1616,7 +1513,6 @@ def sleepy(out, step, *rest):
 igpo.report = sleepy
 igpo.run_main(igpo.main, "igpo.py")
 """
-
 
 def test_after_a_kill_of_torchrun_its_processes_end_and_the_run_goes_on(world, whole, tmp_path,
                                                                         arbitrary_grades):
@@ -1644,10 +1540,8 @@ def test_after_a_kill_of_torchrun_its_processes_end_and_the_run_goes_on(world, w
     igpo.main([*argv, "--resume"])
     nearly_same_runs(tmp_path / "run", whole)
 
-
 # --------------------------------------------------------------------------------------------------
 # eval.py
-
 
 @pytest.mark.parametrize("row, problem", [
     ({"question": "2 + 16?", "answer": "It is <<2+16=18>>18.\n#### 1,080"}, ("2 + 16?", "1,080")),
@@ -1659,7 +1553,6 @@ def test_after_a_kill_of_torchrun_its_processes_end_and_the_run_goes_on(world, w
     ({"question": "s?", "answer": "", "solution": r"so \boxed{7}"}, ("s?", "7"))])
 def test_the_four_file_formats(tmp_path, row, problem):
     assert evaluation.read_problems(write_jsonl(tmp_path / "data.jsonl", row)) == [problem]
-
 
 def test_hub_names_and_alternatives(monkeypatch):
     """GSM8K needs its subset, AMC its train split; where that is not to be had, amc23 stands in."""
@@ -1680,13 +1573,11 @@ def test_hub_names_and_alternatives(monkeypatch):
     assert ("openai/gsm8k", "test", "main") in asked
     assert ("AI-MO/aimo-validation-amc", "train", None) in asked
 
-
 def made_samples(verdicts):
     """{problem: verdicts of its samples} -> samples"""
     return [dict(task="amc", problem=i, sample=s, completion="", extracted=None if v else "1",
                  reference="1", verdict=v, timed_out=False, length=10 + i)
             for i, vs in verdicts.items() for s, v in enumerate(vs)]
-
 
 def test_accuracy_and_standard_error_by_hand():
     T, N = True, False
@@ -1699,13 +1590,11 @@ def test_accuracy_and_standard_error_by_hand():
     avg = evaluation.summarise(made_samples({0: [T] * 4, 1: [N, N, T, N], 2: [T, N, N, N]}))
     assert (avg["accuracy"], avg["standard_error"], avg["n"], avg["samples"]) == (0.5, 0.25, 3, 12)
 
-
 def test_batches_hold_every_sample_once():
     batches = evaluation.batches_of([[0] * n for n in (5, 1, 9, 3, 7)], 3, 4, seed=0)
     jobs = sorted(job for jobs in batches for job in jobs)
     assert jobs == [(i, s) for i in range(5) for s in range(3)]
     assert [(1, 0), (1, 1), (1, 2), (3, 0)] in batches  # 1 and 3 are the shortest prompts
-
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
@@ -1723,14 +1612,12 @@ def evaluated(tmp_path_factory):
     evaluation.main([*flags, "--out_dir", str(folder / "whole")])
     return folder, flags
 
-
 def outcome(out):
     """What must not depend on how an evaluation was run: samples and results, but for the speed."""
     result = json.loads((out / "results.json").read_text())
     for task in result["results"].values():
         del task["tokens_per_second"]
     return (out / "samples.jsonl").read_bytes(), result["results"], result["settings"]
-
 
 def test_what_an_evaluation_leaves_behind(evaluated, capsys):
     folder, flags = evaluated
@@ -1747,7 +1634,6 @@ def test_what_an_evaluation_leaves_behind(evaluated, capsys):
     evaluation.main([*flags, "--out_dir", str(folder / "whole")])  # nothing left to do
     assert "37 of 37 samples" in capsys.readouterr().out and outcome(folder / "whole") == before
 
-
 def test_igpo_evaluates_by_the_same_code(evaluated, tmp_path, monkeypatch):
     """With a verdict that depends on every character, both have the same accuracy."""
     folder, flags = evaluated
@@ -1761,8 +1647,8 @@ def test_igpo_evaluates_by_the_same_code(evaluated, tmp_path, monkeypatch):
     igpo.evaluate("accuracy", model, tokenizer, examples, cfg, tmp_path)
     results = json.loads((tmp_path / "eval" / "results.json").read_text())["results"]
     assert 0 < results["gsm8k"]["accuracy"] < 1
-    assert igpo.read_lines(tmp_path / "metrics.jsonl")[0]["accuracy"] == results["gsm8k"]["accuracy"]
-
+    line, = igpo.read_lines(tmp_path / "metrics.jsonl")
+    assert line["accuracy"] == results["gsm8k"]["accuracy"]
 
 def test_processes_kills_and_leftovers_change_no_sample(evaluated):
     """Two processes go on from nine samples; a kill leaves half a line and a file of rank 1."""
@@ -1783,7 +1669,6 @@ def test_processes_kills_and_leftovers_change_no_sample(evaluated):
         assert outcome(folder / name) == outcome(folder / "whole")
         assert not list((folder / name).glob("*rank*"))
 
-
 def test_another_checkpoint_in_the_same_folder_is_noticed(evaluated):
     folder, flags = evaluated
     model, tokenizer = igpo.load_model(folder / "model")
@@ -1796,7 +1681,6 @@ def test_another_checkpoint_in_the_same_folder_is_noticed(evaluated):
     with pytest.raises(igpo.UsageError, match="weights_checksum"):
         evaluation.main(flags)
 
-
 def test_rescore(tmp_path, capsys, monkeypatch):
     stored = [(r"\boxed{0.25}", False), (r"\boxed{3}", True), (r"\boxed{\frac14}", True)]
     rows = [dict(task="math500", problem=i, sample=0, completion=completion, reference="1/4",
@@ -1805,7 +1689,8 @@ def test_rescore(tmp_path, capsys, monkeypatch):
     before = path.read_bytes()
     evaluation.main(["--rescore", str(path)])
     shown = capsys.readouterr().out
-    assert "2 of 3 verdicts changed" in shown and re.search(r"^math500 +66.67 +33.33 +3 ", shown, re.M)
+    assert "2 of 3 verdicts changed" in shown
+    assert re.search(r"^math500 +66.67 +33.33 +3 ", shown, re.M)
     assert "problem 0 sample 0: wrong -> right, '0.25' for '1/4'" in shown
     assert path.read_bytes() == before
 
@@ -1816,7 +1701,6 @@ def test_rescore(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "grade", give_up)
     evaluation.main(["--rescore", str(path)])
     assert "3 answers could not be graded in time" in capsys.readouterr().out
-
 
 def test_compare_by_hand(tmp_path, capsys):
     for seed, final in (0, 0.5), (1, 0.7):
@@ -1838,13 +1722,11 @@ def test_compare_by_hand(tmp_path, capsys):
     with pytest.raises(igpo.UsageError, match="igpo-1 holds no finished"):
         evaluation.main(["--compare", str(tmp_path / "igpo-1")])
 
-
 def test_ask_shows_the_denoising(evaluated, capsys):
     folder, flags = evaluated
     evaluation.main([*flags, "--ask", "abcd="])
     frames = capsys.readouterr().out.split("\n")
     assert frames[0].count("_") == 7 and "_" not in frames[7] and frames[-2].startswith("answer: ")
-
 
 EVAL_WRONG = [
     ("--tasks gsm8k", "no model; give --model"), ("--model m --tasks aime", "no task 'aime'"),
@@ -1864,14 +1746,13 @@ EVAL_WRONG = [
     ("--model m --diffusion_steps 100", "steps 100 .* 8 blocks"),
     ("--model m --limit 0", "--limit is within"), ("--model m --temperature nan", "--temperature"),
     ("--model m --batch_size 1e12", "--batch_size"), ("--model m --threshold 2", "--threshold"),
-    ("--rescore DIR/absent.jsonl", "no samples file"), ("--rescore DIR/empty.jsonl", "holds no rows"),
+    ("--rescore DIR/absent.jsonl", "no samples file"), ("--rescore DIR/empty.jsonl", "no rows"),
     ("--rescore DIR/broken.jsonl", "line 2"), ("--rescore DIR/null.jsonl", "no column 'task'"),
     ("--compare DIR", "holds no finished RL run"), ("--compare DIR/absent", "no finished RL run"),
     ("--ask what? --model ./absent", "no model folder"),
     ("--model MODEL SMALL --out_dir DIR/file", "file: "),
     ("--model MODEL SMALL --out_dir DIR", "is not empty and holds no evaluation"),
     ("--model MODEL SMALL --out_dir DIR/damaged", "settings.json: ")]
-
 
 def test_what_a_user_of_eval_gets_wrong_is_one_line(evaluated, tmp_path):
     good = {"problem": "ab=", "answer": "1"}
