@@ -305,18 +305,14 @@ def test_the_cache_computes_the_block_alone(make):
     assert torch.allclose(first, full, atol=1e-5) and torch.allclose(again, full, atol=1e-5)
 
 def test_the_sampler_costs_little_more_than_its_forwards_and_the_cache_far_less():
-    """Bounds far from what is measured (1.05, and 4 times), since others may use the machine."""
-    shape = dict(hidden_size=128, intermediate_size=344, num_hidden_layers=3, vocab_size=2048)
-    model = evaluation.random_model(shape | {"num_attention_heads": 4}, "cpu", torch.float32)
-    flags = ["--gen_length", "128", "--diffusion_steps", "32", "--batch_size", "2"]
-    cfg = igpo.parse(evaluation.Config, [*flags, "--temperature", "1", "--prompt_length", "96"])
-    rounds = [evaluation.speed_table(model, cfg) for _ in range(3)]
-    ratio = {row["variant"]: statistics.median(r[i]["x bare"] for r in rounds)
-             for i, row in enumerate(rounds[0])}
-    assert list(ratio) == ["bare forwards", "exact", "cache", "threshold", "cache + threshold"]
-    assert ratio["exact"] < 1.6 and ratio["cache"] < 0.8 and rounds[0][1]["equal"] == 1
-    assert [row["forwards"] for row in rounds[0]][:3] == [32, 32, 32]
-    assert not model._forward_pre_hooks
+    """Bounds far from what is measured (1.0 and 0.24), since others may use the machine."""
+    model = tiny_model(hidden_size=128, intermediate_size=344, vocab_size=2048)
+    cfg = igpo.parse(evaluation.Config, (
+        "--gen_length 128 --diffusion_steps 32 --batch_size 2 --prompt_length 96").split())
+    rounds = [evaluation.time_sampler(model, cfg) for _ in range(3)]
+    ratio = {name: statistics.median(rows[name]["x bare"] for rows in rounds) for name in rounds[0]}
+    assert ratio["exact"] < 1.6 and ratio["cache"] < 0.8 and not model._forward_pre_hooks
+    assert [rounds[0][name]["forwards"] for name in ("exact", "bare forwards", "cache")] == [32] * 3
 
 # --------------------------------------------------------------------------------------------------
 # 3. Hints
@@ -1540,244 +1536,181 @@ def test_after_a_kill_of_torchrun_its_processes_end_and_the_run_goes_on(world, w
     igpo.main([*argv, "--resume"])
     nearly_same_runs(tmp_path / "run", whole)
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------
 # eval.py
 
-@pytest.mark.parametrize("row, problem", [
-    ({"question": "2 + 16?", "answer": "It is <<2+16=18>>18.\n#### 1,080"}, ("2 + 16?", "1,080")),
-    ({"problem": "Half?", "answer": r"\frac{1}{2}"}, ("Half?", r"\frac{1}{2}")),        # MATH500
-    ({"problem": "Half?", "solution": r"\boxed{3}.", "answer": "4"}, ("Half?", "4")),
-    ({"problem": "x + y?", "answer": 36.0, "url": "none"}, ("x + y?", "36")),           # AMC
-    ({"problem": "zero?", "answer": 0, "solution": r"\boxed{1}"}, ("zero?", "0")),
-    ({"problem": "s?", "solution": r"\[s=\boxed{1.6} \mathrm{~cm}\]"}, ("s?", "1.6")),  # Minerva
-    ({"question": "s?", "answer": "", "solution": r"so \boxed{7}"}, ("s?", "7"))])
-def test_the_four_file_formats(tmp_path, row, problem):
+@pytest.mark.parametrize("row, question, answer", [
+    ({"question": "2 + 16?", "answer": "2 + 16 = <<18>>18.\n#### 18"}, "2 + 16?", "18"),  # GSM8K
+    ({"question": "a lot?", "answer": "Much.\n#### 1,080"}, "a lot?", "1,080"),
+    ({"problem": "Half?", "answer": r"\frac{1}{2}"}, "Half?", r"\frac{1}{2}"),  # MATH500
+    ({"problem": "Half?", "solution": r"It is \boxed{3}.", "answer": "4"}, "Half?", "4"),
+    ({"problem": "x + y?", "answer": 36.0, "url": None}, "x + y?", "36"),  # AMC
+    ({"problem": None, "question": "0?", "answer": 0, "solution": r"\boxed{1}"}, "0?", "0"),
+    ({"problem": "x?", "answer": 1.5}, "x?", "1.5"),
+    ({"problem": "s?", "solution": r"\[s=\boxed{1.6} \mathrm{~cm}\]"}, "s?", "1.6"),  # Minerva
+    ({"problem": "s?", "solution": r"\boxed{1}, \boxed{\frac{2}{3}}"}, "s?", r"\frac{2}{3}"),
+    ({"question": "s?", "answer": "", "solution": r"\boxed{7}"}, "s?", "7")])
+def test_the_four_file_formats(tmp_path, row, question, answer):
+    problem = igpo.Problem(question, answer, None)
     assert evaluation.read_problems(write_jsonl(tmp_path / "data.jsonl", row)) == [problem]
 
 def test_hub_names_and_alternatives(monkeypatch):
-    """GSM8K needs its subset, AMC its train split; where that is not to be had, amc23 stands in."""
     asked = []
 
-    def read_rows(source, columns, *, split, subset):
-        asked.append((source, split, subset))
+    def read_rows(source, columns, split, subset):
+        asked.append((source, subset, split))
         if source.startswith("AI-MO"):
             raise igpo.UsageError("cannot load it")
         return [{"problem": "1?", "answer": 1.0}] * 3
 
-    monkeypatch.setattr(evaluation, "read_rows", read_rows)
-    cfg = igpo.parse(evaluation.Config, ["--limit", "2"])
-    assert evaluation.task_problems(cfg) == {
-        task: (source, [("1?", "1")] * 2) for task, source in [
-            ("gsm8k", "openai/gsm8k"), ("math500", "HuggingFaceH4/MATH-500"),
-            ("amc", "math-ai/amc23"), ("minerva", "math-ai/minervamath")]}
-    assert ("openai/gsm8k", "test", "main") in asked
-    assert ("AI-MO/aimo-validation-amc", "train", None) in asked
-
-def made_samples(verdicts):
-    """{problem: verdicts of its samples} -> samples"""
-    return [dict(task="amc", problem=i, sample=s, completion="", extracted=None if v else "1",
-                 reference="1", verdict=v, timed_out=False, length=10 + i)
-            for i, vs in verdicts.items() for s, v in enumerate(vs)]
+    monkeypatch.setattr(igpo, "read_rows", read_rows)
+    found = evaluation.load_problems(",".join(evaluation.TASKS), "", 2)
+    assert {task: source for task, (source, _) in found.items()} == {
+        "gsm8k": "openai/gsm8k", "math500": "HuggingFaceH4/MATH-500", "amc": "math-ai/amc23",
+        "minerva": "math-ai/minervamath"}
+    assert all(problems == [("1?", "1", None)] * 2 for _, problems in found.values())
+    assert asked[0] == ("openai/gsm8k", "main", "test") and asked[-1][1:] == (None, "test")
+    assert asked[2:4] == [("AI-MO/aimo-validation-amc", None, "train"),
+                          ("math-ai/amc23", None, "test")]
+    monkeypatch.setitem(evaluation.TASKS, "amc", evaluation.TASKS["amc"][:1])
+    with pytest.raises(igpo.UsageError, match="cannot load it"):
+        evaluation.load_problems("amc", "", None)
 
 def test_accuracy_and_standard_error_by_hand():
-    T, N = True, False
-    greedy = evaluation.summarise(made_samples({0: [T], 1: [N], 2: [N], 3: [T], 4: [N]}))
-    # p = 2/5; the variance of the five numbers is (2 * 0.6^2 + 3 * 0.4^2) / 4 = 0.3, of their mean
-    # 0.06. avg@4: the problems' means are 1, 1/4 and 1/4: mean 1/2, variance 3/16, / 3 = 1/16.
-    assert greedy["accuracy"] == pytest.approx(0.4)
-    assert greedy["standard_error"] == pytest.approx(0.06 ** 0.5)
-    assert (greedy["n"], greedy["completion_length"], greedy["no_answer"]) == (5, 12, 0.4)
-    avg = evaluation.summarise(made_samples({0: [T] * 4, 1: [N, N, T, N], 2: [T, N, N, N]}))
-    assert (avg["accuracy"], avg["standard_error"], avg["n"], avg["samples"]) == (0.5, 0.25, 3, 12)
+    def results(*verdicts):
+        return evaluation.summarise([
+            {"task": "amc", "problem": i, "verdict": verdict, "length": 10 + i,
+             "extracted": None if verdict else "1", "timed_out": not verdict}
+            for i, problem in enumerate(verdicts) for verdict in problem])["amc"]
+
+    # p = 2/5; the variance of the five is (2 * 0.6^2 + 3 * 0.4^2) / 4 = 0.3, of the mean 0.3 / 5
+    greedy = results([True], [False], [False], [True], [False])
+    assert greedy == {
+        "accuracy": pytest.approx(0.4), "standard_error": pytest.approx(0.06 ** 0.5), "n": 5,
+        "samples": 5, "no_answer": 0.4, "length": 12, "grade_timeouts": 3}
+    # avg@4: means 1, 1/4, 1/4; their variance is (1/4 + 1/16 + 1/16) / 2 = 3/16, a third 1/16
+    avg = results([True] * 4, [True] + [False] * 3, [False] * 3 + [True])
+    assert avg["accuracy"] == 0.5 and avg["standard_error"] == pytest.approx(0.25)
+    assert (avg["n"], avg["samples"]) == (3, 12)
+    assert results([True, False])["standard_error"] is None  # one problem says nothing of it
 
 def test_batches_hold_every_sample_once():
-    batches = evaluation.batches_of([[0] * n for n in (5, 1, 9, 3, 7)], 3, 4, seed=0)
-    jobs = sorted(job for jobs in batches for job in jobs)
-    assert jobs == [(i, s) for i in range(5) for s in range(3)]
-    assert [(1, 0), (1, 1), (1, 2), (3, 0)] in batches  # 1 and 3 are the shortest prompts
+    batches = evaluation.batches_of([[0] * n for n in (5, 1, 9, 3, 7)], 3, 4, 0)
+    assert sorted(job for jobs in batches for job in jobs) == [
+        (i, s) for i in range(5) for s in range(3)]
+    assert sorted(map(len, batches)) == [3, 4, 4, 4]
+    assert [(1, 0), (1, 1), (1, 2), (3, 0)] in batches  # the shortest prompts
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
     """A random model, files of two tasks, and an uninterrupted evaluation by one process."""
     folder = tmp_path_factory.mktemp("eval")
     igpo.save_model(*igpo.toy_model(0), folder / "model")
-    problems = igpo.toy_problems(12, 0)
-    write_jsonl(folder / "gsm8k.jsonl", *[{"question": p.question[: 2 + i % 4], "answer": "#### 1"}
-                                          for i, p in enumerate(problems[:7])])
-    write_jsonl(folder / "amc.jsonl", *[{"problem": p.question, "answer": float(i)}
-                                        for i, p in enumerate(problems[7:])])
-    flags = ["--model", str(folder / "model"), "--tasks", "gsm8k,amc", "--data",
-             f"gsm8k={folder}/gsm8k.jsonl,amc={folder}/amc.jsonl", *"--gen_length 8 --batch_size 4 "
-             "--diffusion_steps 8 --block_length 4 --amc_temperature 2 --amc_samples 6".split()]
+    locks = [(p.question, p.answer) for p in igpo.toy_problems(12, 0)]
+    write_jsonl(folder / "gsm8k.jsonl", *[{"question": q[: 3 + i % 7], "answer": f"#### {a}"}
+                                    for i, (q, a) in enumerate(locks[:7])])
+    write_jsonl(folder / "amc.jsonl", *[{"problem": q, "answer": float(i)}
+                                  for i, (q, a) in enumerate(locks[7:])])
+    flags = f"""--model {folder}/model --tasks gsm8k,amc --gen_length 8 --diffusion_steps 8
+        --data gsm8k={folder}/gsm8k.jsonl,amc={folder}/amc.jsonl --block_length 4 --batch_size 4
+        --amc_temperature 2 --amc_samples 6""".split()
     evaluation.main([*flags, "--out_dir", str(folder / "whole")])
     return folder, flags
 
 def outcome(out):
-    """What must not depend on how an evaluation was run: samples and results, but for the speed."""
+    """What must not depend on how an evaluation was run: the samples, and all but the speed."""
     result = json.loads((out / "results.json").read_text())
-    for task in result["results"].values():
-        del task["tokens_per_second"]
     return (out / "samples.jsonl").read_bytes(), result["results"], result["settings"]
 
 def test_what_an_evaluation_leaves_behind(evaluated, capsys):
     folder, flags = evaluated
-    samples = igpo.read_lines(folder / "whole" / "samples.jsonl")
-    assert [evaluation.key(s) for s in samples] == [("gsm8k", i, 0) for i in range(7)] + [
-        ("amc", i, s) for i in range(5) for s in range(6)]
+    out = folder / "whole"
+    samples = igpo.read_lines(out / "samples.jsonl")
+    assert [(s["task"], s["problem"], s["sample"]) for s in samples] == [
+        ("gsm8k", i, 0) for i in range(7)] + [("amc", i, s) for i in range(5) for s in range(6)]
     assert len({s["completion"] for s in samples[-6:]}) > 1
-    assert set(samples[0]) >= {"prompt", "extracted", "reference", "timed_out", "length"}
-    result = json.loads((folder / "whole" / "results.json").read_text())
+    assert all(s["verdict"] is igpo.grade(s["completion"], s["reference"]) for s in samples)
+    assert samples[1]["prompt"] == igpo.read_lines(folder / "gsm8k.jsonl")[1]["question"]
+    result = json.loads((out / "results.json").read_text())
     assert [(r["n"], r["samples"]) for r in result["results"].values()] == [(7, 7), (5, 30)]
-    assert all(r["tokens_per_second"] > 0 for r in result["results"].values())
-    assert result["settings"]["amc_temperature"] == 2 and result["versions"]["torch"]
-    before = outcome(folder / "whole")
-    evaluation.main([*flags, "--out_dir", str(folder / "whole")])  # nothing left to do
-    assert "37 of 37 samples" in capsys.readouterr().out and outcome(folder / "whole") == before
+    assert result["tokens_per_second"] > 0 and "torch" in result["versions"]
+    assert result["settings"] == json.loads((out / "settings.json").read_text())
+    assert {p.name for p in out.iterdir()} == {
+        ".lock", "samples.jsonl", "results.json", "settings.json"}
+
+    before = outcome(out)
+    evaluation.main([*flags, "--out_dir", str(out)])  # nothing left to do
+    shown = capsys.readouterr().out
+    assert "37 of 37 samples are in" in shown and re.search(r"^\| amc .* \| +30 \|", shown, re.M)
+    assert outcome(out) == before
 
 def test_igpo_evaluates_by_the_same_code(evaluated, tmp_path, monkeypatch):
     """With a verdict that depends on every character, both have the same accuracy."""
     folder, flags = evaluated
-    for module in (igpo, evaluation):
-        monkeypatch.setattr(module, "grade", lambda text, _: zlib.crc32(text.encode()) % 2 == 0)
-    evaluation.main([*flags, "--tasks", "gsm8k", "--out_dir", str(tmp_path / "eval")])
+    monkeypatch.setattr(igpo, "grade", lambda text, _: zlib.crc32(text.encode()) % 2 == 0)
+    evaluation.main([*flags, "--out_dir", str(tmp_path)])
     model, tokenizer = igpo.load_model(folder / "model")
-    examples = [igpo.Example(igpo.encode_prompt(tokenizer, question), answer, None)
-                for question, answer in evaluation.read_problems(f"{folder}/gsm8k.jsonl")]
+    problems = evaluation.read_problems(folder / "gsm8k.jsonl")
+    examples = igpo.encode_problems(tokenizer, problems, 99)
     cfg = igpo.Config(gen_length=8, diffusion_steps=8, block_length=4, rows_per_call=3)
-    igpo.evaluate("accuracy", model, tokenizer, examples, cfg, tmp_path)
-    results = json.loads((tmp_path / "eval" / "results.json").read_text())["results"]
-    assert 0 < results["gsm8k"]["accuracy"] < 1
-    line, = igpo.read_lines(tmp_path / "metrics.jsonl")
-    assert line["accuracy"] == results["gsm8k"]["accuracy"]
+    igpo.evaluate("accuracy_final", model, tokenizer, examples, cfg, tmp_path)
+    accuracy = igpo.read_lines(tmp_path / "metrics.jsonl")[0]["accuracy_final"]
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert results["gsm8k"]["accuracy"] == accuracy and 0 < accuracy < 1
 
-def test_processes_kills_and_leftovers_change_no_sample(evaluated):
-    """Two processes go on from nine samples; a kill leaves half a line and a file of rank 1."""
+def test_two_processes_have_the_results_of_one(evaluated):
+    """They share what one process had not done yet."""
     folder, flags = evaluated
-    lines = (folder / "whole" / "samples.jsonl").read_bytes().splitlines(keepends=True)
-    settings = (folder / "whole" / "settings.json").read_text()
-    for name in "two", "killed":
-        (folder / name).mkdir()
-        (folder / name / "settings.json").write_text(settings)
-    (folder / "two" / "samples.jsonl").write_bytes(b"".join(lines[:9]))
-    (folder / "killed" / "samples.jsonl").write_bytes(b"".join(lines[20:23]) + lines[9][:-25])
-    (folder / "killed" / "samples.rank_1.jsonl").write_bytes(lines[30] + lines[2] + lines[11][:1])
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                    "--nproc_per_node=2", "eval.py", *flags, "--out_dir", str(folder / "two")],
-                   cwd=HERE, check=True, capture_output=True)
-    evaluation.main([*flags, "--out_dir", str(folder / "killed")])
-    for name in "two", "killed":
-        assert outcome(folder / name) == outcome(folder / "whole")
-        assert not list((folder / name).glob("*rank*"))
+    shutil.copytree(folder / "whole", folder / "two")
+    lines = (folder / "two" / "samples.jsonl").read_text().splitlines(keepends=True)
+    (folder / "two" / "samples.jsonl").write_text("".join(lines[:9]))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "eval.py", *flags, "--out_dir", str(folder / "two")], cwd=HERE, capture_output=True,
+        text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("9 of 37") == done.stdout.count("| accuracy") == 1
+    assert outcome(folder / "two") == outcome(folder / "whole")
 
-def test_another_checkpoint_in_the_same_folder_is_noticed(evaluated):
+def test_a_killed_evaluation_continues(evaluated):
+    """Killed as it writes; then as a kill may leave it, with half a line, and of two processes."""
+    folder, flags = evaluated
+    out = folder / "killed"
+    stored = out / "samples.jsonl"
+    process = subprocess.Popen([sys.executable, "eval.py", *flags, "--out_dir", str(out)],
+                               cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (stored.exists() and stored.stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "results.json").exists()
+    evaluation.main([*flags, "--out_dir", str(out)])
+    assert outcome(out) == outcome(folder / "whole")
+
+    whole = (folder / "whole" / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    stored.write_bytes(b"".join(whole[:3] + whole[20:23]) + whole[9][:-25])
+    (out / "samples.rank_1.jsonl").write_bytes(whole[30] + whole[2] + whole[11][:1])
+    (out / "results.json").write_text("{")
+    evaluation.main([*flags, "--out_dir", str(out)])
+    assert outcome(out) == outcome(folder / "whole") and not list(out.glob("*rank*"))
+
+def test_other_settings_data_and_weights_in_the_same_folder_are_noticed(evaluated):
     folder, flags = evaluated
     model, tokenizer = igpo.load_model(folder / "model")
-    igpo.save_model(model, tokenizer, folder / "moving")
-    flags = [*flags, "--model", str(folder / "moving"), "--limit", "1", "--out_dir",
-             str(folder / "moved")]
+    shutil.copytree(folder / "model", folder / "moving")
+    shutil.copy(folder / "amc.jsonl", folder / "data.jsonl")
+    flags = [*flags, "--model", f"{folder}/moving", "--tasks", "amc", "--data",
+             f"amc={folder}/data.jsonl", "--limit", "1", "--out_dir", f"{folder}/moved"]
     evaluation.main(flags)
-    model.lm_head.weight.data[:2] = model.lm_head.weight.data[:2].flip(0)  # two rows swapped
-    igpo.save_model(model, tokenizer, folder / "moving")
-    with pytest.raises(igpo.UsageError, match="weights_checksum"):
+    with pytest.raises(igpo.UsageError, match="other settings: seed was 0, now it is 1"):
+        evaluation.main([*flags, "--seed", "1"])
+    rows = igpo.read_lines(folder / "data.jsonl")
+    write_jsonl(folder / "data.jsonl", rows[0] | {"answer": 99.0})
+    with pytest.raises(igpo.UsageError, match="other settings: problems was"):
         evaluation.main(flags)
-
-def test_rescore(tmp_path, capsys, monkeypatch):
-    stored = [(r"\boxed{0.25}", False), (r"\boxed{3}", True), (r"\boxed{\frac14}", True)]
-    rows = [dict(task="math500", problem=i, sample=0, completion=completion, reference="1/4",
-                 verdict=verdict, length=9) for i, (completion, verdict) in enumerate(stored)]
-    path = Path(write_jsonl(tmp_path / "samples.jsonl", *rows))
-    before = path.read_bytes()
-    evaluation.main(["--rescore", str(path)])
-    shown = capsys.readouterr().out
-    assert "2 of 3 verdicts changed" in shown
-    assert re.search(r"^math500 +66.67 +33.33 +3 ", shown, re.M)
-    assert "problem 0 sample 0: wrong -> right, '0.25' for '1/4'" in shown
-    assert path.read_bytes() == before
-
-    def give_up(completion, reference):
-        igpo.GRADE_TIMEOUTS += 1
-        return False
-
-    monkeypatch.setattr(evaluation, "grade", give_up)
-    evaluation.main(["--rescore", str(path)])
-    assert "3 answers could not be graded in time" in capsys.readouterr().out
-
-def test_compare_by_hand(tmp_path, capsys):
-    for seed, final in (0, 0.5), (1, 0.7):
-        folder = tmp_path / f"igpo-{seed}"
-        folder.mkdir()
-        rl = [{"stage": "rl", "step": s + 1, "all_wrong": 0.4 - 0.02 * s, "all_wrong_after": 0.1,
-               "grad_norm": 1.0 + seed, "kl": 0.25} for s in range(20)]
-        write_jsonl(folder / "metrics.jsonl", {"stage": "eval", "step": 0, "accuracy_start": 0.3},
-                    *rl[:10], {"stage": "eval", "step": 10, "eval_accuracy": 0.4}, *rl[10:],
-                    {"stage": "eval", "step": 0, "accuracy_final": final})
-        (folder / "summary.json").write_text("{}")
-    evaluation.main(["--compare", str(tmp_path / "igpo-0"), str(tmp_path / "igpo-1")])
-    shown = capsys.readouterr().out
-    assert ("| igpo | 2 | 0.300 ± 0.000 | 0.600 ± 0.100 | 0.390 ± 0.000 | 0.030 ± 0.000 | "
-            "0.100 ± 0.000 | 1.500 ± 0.500 | 2.0 | 0.250 ± 0.000 |") in shown
-    assert 'x-axis "RL step" [0, 10, 20]' in shown and "line [0.30, 0.40, 0.60]" in shown
-    assert "line [0.39, 0.35, 0.31," in shown and shown.count("xychart-beta") == 2
-    (tmp_path / "igpo-1" / "summary.json").unlink()
-    with pytest.raises(igpo.UsageError, match="igpo-1 holds no finished"):
-        evaluation.main(["--compare", str(tmp_path / "igpo-1")])
-
-def test_ask_shows_the_denoising(evaluated, capsys):
-    folder, flags = evaluated
-    evaluation.main([*flags, "--ask", "abcd="])
-    frames = capsys.readouterr().out.split("\n")
-    assert frames[0].count("_") == 7 and "_" not in frames[7] and frames[-2].startswith("answer: ")
-
-EVAL_WRONG = [
-    ("--tasks gsm8k", "no model; give --model"), ("--model m --tasks aime", "no task 'aime'"),
-    ("--model m --tasks ,", "no task ''"), ("--model m --data math=a.jsonl", "no task 'math'"),
-    ("--model m --data amc=", "no file"), ("--model m --nonsense 1", "unrecognized arguments"),
-    ("--model m --tasks amc --data amc=DIR/absent.jsonl", "absent.jsonl"),
-    ("--model m --tasks amc --data amc=DIR/broken.jsonl", "broken.jsonl, line 2"),
-    ("--model m --tasks amc --data amc=DIR/columns.jsonl", "row 1: no column 'problem.question'"),
-    ("--model m --tasks amc --data amc=DIR/null.jsonl", "row 1: column 'answer.solution' is None"),
-    ("--model m --tasks amc --data amc=DIR/list.jsonl", r"row 1: column 'problem.question' is \["),
-    ("--model m --tasks amc --data amc=DIR/unsolved.jsonl", "row 1: no answer, and no ####"),
-    ("--model m --tasks amc --data amc=DIR/empty.jsonl", "holds no rows"),
-    ("--model m --tasks amc --data amc=DIR/binary.jsonl", "binary.jsonl: .*utf-8"),
-    ("--model ./absent --tasks amc --data amc=DIR/good.jsonl", "no model folder at ./absent"),
-    ("--model MODEL --tasks amc --data amc=DIR/good.jsonl", "16 positions|64 positions"),
-    ("--model m --gen_length 100", "gen_length 100 .* block_length 32"),
-    ("--model m --diffusion_steps 100", "steps 100 .* 8 blocks"),
-    ("--model m --limit 0", "--limit is within"), ("--model m --temperature nan", "--temperature"),
-    ("--model m --batch_size 1e12", "--batch_size"), ("--model m --threshold 2", "--threshold"),
-    ("--rescore DIR/absent.jsonl", "no samples file"), ("--rescore DIR/empty.jsonl", "no rows"),
-    ("--rescore DIR/broken.jsonl", "line 2"), ("--rescore DIR/null.jsonl", "no column 'task'"),
-    ("--compare DIR", "holds no finished RL run"), ("--compare DIR/absent", "no finished RL run"),
-    ("--ask what? --model ./absent", "no model folder"),
-    ("--model MODEL SMALL --out_dir DIR/file", "file: "),
-    ("--model MODEL SMALL --out_dir DIR", "is not empty and holds no evaluation"),
-    ("--model MODEL SMALL --out_dir DIR/damaged", "settings.json: ")]
-
-def test_what_a_user_of_eval_gets_wrong_is_one_line(evaluated, tmp_path):
-    good = {"problem": "ab=", "answer": "1"}
-    write_jsonl(tmp_path / "good.jsonl", good)
-    write_jsonl(tmp_path / "broken.jsonl", good, "{oops")
-    write_jsonl(tmp_path / "columns.jsonl", {"text": "1?", "answer": "1"})
-    write_jsonl(tmp_path / "null.jsonl", good | {"answer": None})
-    write_jsonl(tmp_path / "list.jsonl", good | {"problem": ["1?"]})
-    write_jsonl(tmp_path / "unsolved.jsonl", {"problem": "1?", "solution": "so it is 1"})
-    write_jsonl(tmp_path / "empty.jsonl")
-    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe")
-    (tmp_path / "file").touch()
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "settings.json").write_text('{"model": ')
-    small = f"--tasks amc --data amc={tmp_path}/good.jsonl --gen_length 8 --block_length 8 " \
-            "--diffusion_steps 8"
-    failures = []
-    for command, message in EVAL_WRONG:
-        words = command.replace("DIR", str(tmp_path)).replace("SMALL", small)
-        out, said = tmp_path / "out", None
-        words = words.replace("MODEL", str(evaluated[0] / "model")).split()
-        try:
-            evaluation.main(words if "--out_dir" in words else [*words, "--out_dir", str(out)])
-        except igpo.UsageError as error:
-            said = str(error)
-        if not re.search(message, said or "") or "\n" in said or out.exists():
-            failures.append(f"{command} -> {said!r}, not {message!r}")
-    assert not failures, "\n".join(failures)
+    write_jsonl(folder / "data.jsonl", *rows)
+    weight = model.lm_head.weight.data  # swapped rows have the same sum
+    weight[:2] = weight[:2].flip(0)
+    igpo.save_model(model, tokenizer, folder / "moving")
+    with pytest.raises(igpo.UsageError, match="other settings: weights was"):
+        evaluation.main(flags)
