@@ -105,7 +105,7 @@ SAMPLE = {"task": str, "problem": int, "sample": int, "completion": str, "refere
 key = itemgetter("task", "problem", "sample")
 
 def merge_samples(out, keys):
-    """All samples of a folder, moved to samples.jsonl in the order of their keys."""
+    """All samples of a folder, in the order of their keys, moved to samples.jsonl."""
     parts, samples = sorted(out.glob("samples*.jsonl")), {}
     for part in parts:
         with contextlib.suppress(UsageError):
@@ -165,7 +165,7 @@ def evaluate(model, tokenizer, found, cfg, out):
     done = set(map(key, igpo.read_lines(out / "samples.jsonl")))
     igpo.barrier()  # from here on rank 0 writes to that file
 
-    # A batch that lacks a sample is done again as a whole: the same rows, to the last bit.
+    # A batch that lacks a sample is done again as a whole.
     left = [batch for batch in batches if any((batch[0], *job) not in done for job in batch[1])]
     began, tokens = time.time(), 0
     for task, jobs in tqdm(left[rank::world], "batches", disable=rank > 0):
