@@ -105,7 +105,7 @@ SAMPLE = {"task": str, "problem": int, "sample": int, "completion": str, "refere
 key = itemgetter("task", "problem", "sample")
 
 def merge_samples(out, keys):
-    """All samples of a folder, in the order of their keys, moved to samples.jsonl."""
+    """All samples of a folder, in the order of their keys, into samples.jsonl."""
     parts, samples = sorted(out.glob("samples*.jsonl")), {}
     for part in parts:
         with contextlib.suppress(UsageError):
