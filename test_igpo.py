@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+import weakref
 import zlib
 from decimal import Decimal
 from pathlib import Path
@@ -28,6 +29,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed import fsdp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import eval as evaluation
@@ -1535,6 +1541,87 @@ def test_after_a_kill_of_torchrun_its_processes_end_and_the_run_goes_on(world, w
         time.sleep(0.1)
     igpo.main([*argv, "--resume"])
     nearly_same_runs(tmp_path / "run", whole)
+
+# ------------------------------------------------
+# Memory on 8 GPUs, by running the real functions on fake tensors of LLaDA-8B's shape
+
+class LiveStorage(TorchDispatchMode):
+    """Adds up the bytes of the storages that are alive, and keeps the peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            tensor = getattr(tensor, "_local_tensor", tensor)  # a DTensor's shard
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                self.see(tensor)
+        return out
+
+    def see(self, tensor, freed=False):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.sizes:
+            weakref.finalize(storage, self.forget, storage._cdata)
+        size = 0 if freed else storage.nbytes()
+        self.now += size - self.sizes.get(storage._cdata, 0)
+        self.sizes[storage._cdata], self.peak = size, max(self.peak, self.now)
+
+    def forget(self, data):
+        self.now -= self.sizes.pop(data, 0)
+
+def fake_llada(dtype, mesh):
+    with torch.device("meta"):
+        model = LlamaForCausalLM._from_config(LlamaConfig(
+            hidden_size=4096, intermediate_size=12288, num_hidden_layers=32, vocab_size=126464,
+            num_attention_heads=32, is_causal=False, mask_token_id=126336), dtype=dtype)
+    bf16 = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for module in (*model.model.layers, model):
+        fsdp.fully_shard(module, mesh=mesh, mp_policy=bf16)
+    model.to_empty(device="cpu")
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+@pytest.mark.filterwarnings("ignore")
+def test_memory_of_an_rl_step_on_eight_gpus(monkeypatch, P=200, L=256, N=8, rows_per_call=64):
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    mesh, peaks = init_device_mesh("cpu", (8,)), {}
+    parameters = sys.modules["torch.distributed.fsdp._fully_shard._fsdp_param"]
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveStorage() as live:
+        for name in "free_storage", "alloc_storage":  # FSDP resizes storages, which is no operation
+            def resize(tensor, name=name, original=getattr(parameters, name)):
+                original(tensor)
+                live.see(tensor, freed=name == "free_storage")
+            monkeypatch.setattr(parameters, name, resize)
+        policy, reference = fake_llada(torch.float32, mesh), fake_llada(torch.bfloat16, mesh)
+        optimizer, ids = igpo.adamw(policy, 1e-6), torch.zeros(N, P, dtype=torch.long)
+        completions = torch.zeros(N, 8, L, dtype=torch.long)
+        monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 1.0)  # there are no values
+        for _ in range(2):  # in the second step Adam's moments are there
+            live.peak = live.now
+            with igpo.gathered(policy), torch.no_grad():
+                canvas = torch.zeros(rows_per_call, P + L, dtype=torch.long)
+                logits = igpo.logits_at(policy, canvas, None, torch.arange(P, P + 32)).flatten(0, 1)
+                igpo.choose_tokens(logits, 126336, 1.2, torch.zeros(len(logits)))
+                del logits
+            peaks["roll-out"], live.peak = live.peak / 2**30, live.now
+            with torch.no_grad():
+                old, ref = (igpo.completion_logps(model, ids, completions)[0]
+                            for model in (policy, reference))
+            policy.reshard()
+            reference.reshard()
+            peaks["scoring"], live.peak = live.peak / 2**30, live.now
+            logps, _ = igpo.completion_logps(policy.train(), ids, completions)
+            loss, _ = igpo.policy_loss(logps, old, ref, torch.zeros(N, 8), completions == 0)
+            loss.backward()
+            del logps, loss
+            igpo.optimizer_step(policy, optimizer, 1e-6, 1.0)
+            peaks["update"] = live.peak / 2**30
+    torch.distributed.destroy_process_group()
+    print("GiB a GPU:", peaks)
+    assert 20 < max(peaks.values()) < 40 and peaks["update"] > 13  # weights and moments alone
 
 # ------------------------------------------------
 # eval.py
