@@ -8,8 +8,7 @@
     python eval.py --speed --model random                        time the sampler's variants
 
 The protocol is the paper's: greedy, for AMC the mean over 16 answers at temperature 0.1 (avg@16).
-A killed evaluation continues when the same command is given again. Neither that nor the number of
-processes, which must all see the folder, changes a sample: it depends on the settings alone.
+A killed evaluation continues with the same command, sample for sample, on any number of processes.
 """
 
 import contextlib
@@ -119,14 +118,14 @@ def merge_samples(out, keys):
     return samples
 
 def batches_of(prompts, samples, size, seed):
-    """Lists of (problem, sample), in all each sample once; prompts of like length share a batch."""
+    """Lists of (problem, sample), each once; prompts of like length share a batch."""
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     jobs = [(i, s) for i in by_length for s in range(samples)]
     starts = torch.randperm(-(-len(jobs) // size), generator=igpo.seeded(seed)) * size
     return [jobs[at: at + size] for at in starts.tolist()]
 
 def graded(completion, reference):
-    """What a sample says of its answer. timed_out: the grader gave up, which counts as wrong."""
+    """What a sample says of its answer. timed_out: the grader gave up."""
     timeouts, verdict = igpo.GRADE_TIMEOUTS, igpo.grade(completion, reference)
     return {"extracted": igpo.committed_answer(completion), "reference": reference,
             "verdict": verdict, "timed_out": igpo.GRADE_TIMEOUTS > timeouts}
@@ -137,7 +136,6 @@ def evaluate(model, tokenizer, found, cfg, out):
     for task, (_, problems) in found.items():
         examples[task] = igpo.encode_problems(tokenizer, problems, sys.maxsize)
         prompts = [example.prompt for example in examples[task]]
-        igpo.check_length(model, prompts, cfg.gen_length)
         samples = cfg.amc_samples if task == "amc" else 1
         batches += [(task, jobs) for jobs in batches_of(prompts, samples, cfg.batch_size, cfg.seed)]
         keys += [(task, i, s) for i in range(len(problems)) for s in range(samples)]
@@ -233,7 +231,7 @@ def rescore(path):
     print(f"{len(changed)} of {len(samples)} verdicts changed", *changed, sep="\n")
 
 def compare(folders):
-    """Print a table of finished RL runs, a row for each name, and two figures that GitHub draws."""
+    """Print a table of finished RL runs and two figures that GitHub draws."""
     def mean(lines, name):
         return fmean(line[name] for line in lines)
 
@@ -279,7 +277,7 @@ def compare(folders):
         print(*[f"    line [{line}]" for line in figure], "```", sep="\n")
 
 def ask(model, tokenizer, cfg):
-    """Answer a question and show the denoising: a line a step, but in a terminal in place."""
+    """Show the denoising of an answer: a line a step, in a terminal in place."""
     prompts = torch.tensor([igpo.encode_prompt(tokenizer, cfg.ask)], device=model.device)
     igpo.check_length(model, prompts, cfg.gen_length)
     start, grey, green, normal = "\n", "", "", ""
@@ -364,8 +362,15 @@ def main(argv=None):
             memory = torch.cuda.max_memory_allocated() / 2**30
             print(f"{torch.cuda.get_device_name()}, {memory:.1f} GiB at most")
     else:
+        prompts = [igpo.encode_prompt(tokenizer, problem.question)
+                   for _, problems in found.values() for problem in problems]
+        igpo.check_length(model, prompts, cfg.gen_length)
         name = re.sub(r"[^\w.-]+", "-", cfg.model).strip("-.")
-        with igpo.locked(out := Path(cfg.out_dir or f"runs/eval-{name}")):
+        out = Path(cfg.out_dir or f"runs/eval-{name}")
+        names = {path.name for path in out.glob("*")} - {".lock"}
+        if names and "settings.json" not in names:
+            raise UsageError(f"{out} is not empty and holds no evaluation")
+        with igpo.locked(out):
             evaluate(model, tokenizer, found, cfg, out)
 
 if __name__ == "__main__":

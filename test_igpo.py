@@ -1801,3 +1801,58 @@ def test_other_settings_data_and_weights_in_the_same_folder_are_noticed(evaluate
     igpo.save_model(model, tokenizer, folder / "moving")
     with pytest.raises(igpo.UsageError, match="other settings: weights was"):
         evaluation.main(flags)
+
+EVAL_WRONG = [
+    ("--tasks gsm8k", "no model: give --model"), ("--model m --tasks aime", "no task 'aime'"),
+    ("--model m --tasks ,", "no task ''"), ("--model m --data math=a.jsonl", "no task 'math'"),
+    ("--model m --nonsense 1", "unrecognized arguments"),
+    ("--model m --tasks amc --data amc=DIR/absent.jsonl", "absent.jsonl"),
+    ("--model m --tasks amc --data amc=DIR/broken.jsonl", "broken.jsonl, line 2"),
+    ("--model m --tasks amc --data amc=DIR/columns.jsonl", "row 1: no column 'problem.question'"),
+    ("--model m --tasks amc --data amc=DIR/null.jsonl", "row 1: column 'answer.solution' is None"),
+    ("--model m --tasks amc --data amc=DIR/list.jsonl", r"row 1: column 'problem.question' is \["),
+    ("--model m --tasks amc --data amc=DIR/unsolved.jsonl", "row 1: no question, or no answer"),
+    ("--model m --tasks amc --data amc=DIR/empty.jsonl", "holds no rows"),
+    ("--model m --tasks amc --data amc=DIR/binary.jsonl", "binary.jsonl: .*utf-8"),
+    ("--model ./absent --tasks amc --data amc=DIR/good.jsonl", "no model folder at ./absent"),
+    ("--model MODEL --tasks amc --data amc=DIR/good.jsonl", "16 positions|64 positions"),
+    ("--model m --gen_length 100", "gen_length 100 .* block_length 32"),
+    ("--model m --diffusion_steps 100", "steps 100 .* 8 blocks"),
+    ("--model m --limit 0", "--limit is"), ("--model m --amc_temperature nan", "--amc_temp"),
+    ("--model m --batch_size 1e12", "--batch_size"), ("--model m --threshold 2", "--threshold"),
+    ("--rescore DIR/absent.jsonl", "absent.jsonl"), ("--rescore DIR/empty.jsonl", "holds no rows"),
+    ("--rescore DIR/broken.jsonl", "line 2"), ("--rescore DIR/null.jsonl", "no column 'task'"),
+    ("--compare DIR", "holds no finished run"), ("--compare DIR/absent", "no finished run"),
+    ("--ask what? --model ./absent", "no model folder"),
+    ("--model MODEL SMALL --out_dir DIR/file", "file: "),
+    ("--model MODEL SMALL --out_dir DIR", "is not empty and holds no evaluation"),
+    ("--model MODEL SMALL --out_dir DIR/damaged", "settings.json: ")]
+
+
+def test_what_a_user_of_eval_gets_wrong_is_one_line(evaluated, tmp_path):
+    good = {"problem": "ab=", "answer": "1"}
+    write_jsonl(tmp_path / "good.jsonl", good)
+    write_jsonl(tmp_path / "broken.jsonl", good, "{oops")
+    write_jsonl(tmp_path / "columns.jsonl", {"text": "1?", "answer": "1"})
+    write_jsonl(tmp_path / "null.jsonl", good | {"answer": None})
+    write_jsonl(tmp_path / "list.jsonl", good | {"problem": ["1?"]})
+    write_jsonl(tmp_path / "unsolved.jsonl", {"problem": "1?", "solution": "so it is 1"})
+    write_jsonl(tmp_path / "empty.jsonl")
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe")
+    (tmp_path / "file").touch()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "settings.json").write_text('{"model": ')
+    small = f"--tasks amc --data amc={tmp_path}/good.jsonl --gen_length 8 --block_length 8 " \
+            "--diffusion_steps 8"
+    failures = []
+    for command, message in EVAL_WRONG:
+        words = command.replace("DIR", str(tmp_path)).replace("SMALL", small)
+        out, said = tmp_path / "out", None
+        words = words.replace("MODEL", str(evaluated[0] / "model")).split()
+        try:
+            evaluation.main(words if "--out_dir" in words else [*words, "--out_dir", str(out)])
+        except igpo.UsageError as error:
+            said = str(error)
+        if not re.search(message, said or "") or "\n" in said or out.exists():
+            failures.append(f"{command} -> {said!r}, not {message!r}")
+    assert not failures, "\n".join(failures)
