@@ -1,31 +1,20 @@
 """IGPO: Inpainting-Guided Policy Optimization for diffusion LLMs (arXiv 2509.10396), in one file.
 
-A masked diffusion LLM writes a completion by filling in masks in any order, so it can also fill in
-around text that is already there. GRPO learns from the differences within a group of G responses to
-a prompt; when all are wrong there is no difference and nothing is learned. IGPO then puts random
-chunks of the reference reasoning (never the answer) into the masked completion as hints, lets the
-model inpaint the rest, and swaps what comes out right for some of the wrong ones. The sections:
-
-    1  the model             masked diffusion LMs are transformers' own classes, not causal
-    2  the sampler           one denoising loop for roll-outs, inpainting and evaluation
-    3  hints                 Eq. 4: chunks of the reference trace at their own positions
-    4  rewards               is the committed answer right, is the form kept
-    5  elastic roll-out      hints only for groups that are all wrong
-    6  log-probabilities     one forward pass for all G responses of a prompt
-    7  the IGPO objective    Eq. 2, 3, 5: advantages, entropy filter, clipped loss
-    8  the SFT objective     Eq. 1: masked diffusion on concise reasoning traces
-    9  data                  MetaMathQA, any prompt/completion file, rewritten traces, a toy world
-    10 processes             what knows about torch.distributed, files and checkpoints
-    11 the recipe            settings, SFT loop, RL loop, command line
-
-Run it (README.md has a table of all that differs from the paper and from the released code):
+A masked diffusion LLM writes by filling in masks in any order, so it can also fill in around text
+that is already there. GRPO learns from the differences within a group of G responses to a prompt;
+when all are wrong there are none. IGPO then puts random chunks of the reference reasoning (never
+the answer) into the masked completion as hints, lets the model inpaint the rest, and swaps what
+comes out right for some of the wrong responses.
 
     python igpo.py --preset toy                  the whole recipe on a laptop CPU, in minutes
     torchrun --nproc_per_node=8 igpo.py          LLaDA-8B-Instruct on MetaMathQA
 
+Sections 1 to 8 are the method: model, sampler, hints, rewards, elastic roll-out, log-probabilities,
+RL objective, SFT objective. Then 9 data, 10 processes and files, 11 the recipe. README.md tells
+what differs from the paper and from the released code.
+
 Shapes:   B rows   N prompts   G responses a prompt   P prompt length (left-padded)
-          L completion length   V vocabulary. A batch of roll-outs has B = N * G rows, the G
-          rows of a prompt next to each other.
+          L completion length   V vocabulary. B = N * G rows have the G of a prompt side by side.
 Symbols:  q prompt   o_i response i   r_i its reward   A_i its advantage   y* reference trace
           eta share of its chunks given as hints   lambda share of a group that may be replaced
           tau share of hint tokens that learn   mu updates per roll-out   epsilon clip range
@@ -35,7 +24,6 @@ Symbols:  q prompt   o_i response i   r_i its reward   A_i its advantage   y* re
 import contextlib
 import ctypes
 import dataclasses
-import datetime
 import fcntl
 import functools
 import importlib.util
@@ -53,6 +41,7 @@ import time
 import warnings
 import zlib
 from collections import defaultdict
+from datetime import timedelta
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
@@ -80,6 +69,17 @@ from transformers.cache_utils import Cache, DynamicLayer
 class UsageError(ValueError):
     """What the user can put right. The command line prints it as one line, with status 2."""
 
+@contextlib.contextmanager
+def file_errors(path):
+    """What goes wrong while a file, model or data set is read or written is one line naming it."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (Exception, dcp.CheckpointException) as error:
+        reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[-1]
+        raise UsageError(f"{path}: {reason[:200]} ({type(error).__name__})") from error
+
 # ------------------------------------------------
 # 1. The model. LLaDA is Llama without the causal mask and Dream is Qwen2 without it, so both load
 #    into transformers' own classes with is_causal=False: no remote code runs, and attention takes
@@ -90,13 +90,12 @@ MODEL_CLASSES = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": 
 # LLaDA's parameter names and Llama's, N for a layer's number.
 LLADA_NAMES = {
     "model.transformer.wte": "model.embed_tokens", "model.transformer.ln_f": "model.norm",
-    "model.transformer.ff_out": "lm_head"}
-for theirs, ours in {
+    "model.transformer.ff_out": "lm_head"} | {
+    f"model.transformer.blocks.N.{theirs}": f"model.layers.N.{ours}" for theirs, ours in {
         "attn_norm": "input_layernorm", "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj",
         "v_proj": "self_attn.v_proj", "attn_out": "self_attn.o_proj", "up_proj": "mlp.up_proj",
         "ff_norm": "post_attention_layernorm", "ff_proj": "mlp.gate_proj",
-        "ff_out": "mlp.down_proj"}.items():
-    LLADA_NAMES[f"model.transformer.blocks.N.{theirs}"] = f"model.layers.N.{ours}"
+        "ff_out": "mlp.down_proj"}.items()}
 
 def renaming(names):
     """Such a table as regular expressions and what they are replaced by."""
@@ -111,7 +110,7 @@ def model_config(raw):
         for variant in ("alibi", "attention_layer_norm", "include_bias", "include_qkv_bias",
                         "input_emb_norm", "scale_logits"):
             if raw.get(variant):
-                raise UsageError(f"config.json sets {variant}: no Llama, and not supported")
+                raise UsageError(f"config.json sets {variant}, which is not supported")
         config = LlamaConfig(
             hidden_size=raw["d_model"], intermediate_size=raw["mlp_hidden_size"],
             num_hidden_layers=raw["n_layers"], num_attention_heads=raw["n_heads"],
@@ -128,24 +127,22 @@ def model_config(raw):
         config = AutoConfig.for_model(**raw)
     else:
         raise UsageError(f"model_type {kind!r} is not supported: it takes LLaDA, Dream, or a Llama "
-                         "or Qwen with a mask_token_id in config.json")
+                         "or Qwen with mask_token_id")
     config.is_causal, config.logit_shift = False, getattr(config, "logit_shift", 0)
     return config
 
 def load_model(name_or_path, *, dtype=None, device="cpu"):
-    """Load a masked diffusion LM and its tokenizer, running no code from the checkpoint.
+    """Load a masked diffusion LM and its tokenizer; none of the checkpoint's code is run.
 
     name_or_path: a folder or hub name of LLaDA, LLaDA-1.5, iLLaDA, Dream, or of a bidirectional
-    Llama or Qwen such as this file saves. dtype: default float32. device: "meta" for shapes alone.
-    A missing, extra or mis-shaped weight is a UsageError that names it. config.eos_token_id becomes
-    the list of all end tokens, the first of which ends a turn."""
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        if folder.is_absolute() or len(folder.parts) != 2:  # a hub name is owner/name
-            raise UsageError(f"no model folder at {name_or_path}")
-        with file_errors(f"{name_or_path} on the hub"):
+    Llama or Qwen as saved by this file. dtype: default float32. device: "meta" for shapes alone.
+    config.eos_token_id becomes the list of all end tokens, the first of which ends a turn."""
+    folder, report = Path(name_or_path), {}
+    with file_errors(name_or_path):
+        if not folder.is_dir():
+            if folder.is_absolute() or len(folder.parts) != 2:  # a hub name is owner/name
+                raise UsageError(f"no model folder at {name_or_path}")
             folder = Path(snapshot_download(str(name_or_path), ignore_patterns=["*.bin", "*.pth"]))
-    with file_errors(folder):
         raw = json.loads((folder / "config.json").read_text())
         config = model_config(raw)
         # AutoTokenizer would stop to ask whether to run the checkpoint's code; these do not.
@@ -154,34 +151,28 @@ def load_model(name_or_path, *, dtype=None, device="cpu"):
             raise UsageError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json")
         tokenizer = (PreTrainedTokenizerFast if fast else Qwen2Tokenizer).from_pretrained(folder)
         words, ends = tokenizer.get_vocab(), config.eos_token_id
-        ends = [words[end] for end in ("<|eot_id|>", "<|im_end|>") if end in words] + (
-            ends if isinstance(ends, list) else [ends])
-        config.eos_token_id = list(dict.fromkeys(ends))
+        ends = ends if isinstance(ends, list) else [ends]
+        turns = [words[end] for end in ("<|eot_id|>", "<|im_end|>") if end in words]
+        config.eos_token_id = list(dict.fromkeys(turns + ends))
         if config.pad_token_id is None:
-            config.pad_token_id = ends[-1]
+            config.pad_token_id = ends[0]
         for token in (config.mask_token_id, config.pad_token_id, *ends, max(words.values())):
             if token not in range(config.vocab_size):
-                raise UsageError(f"{folder}: token {token} of config.json or of the tokenizer is "
-                                 f"not among the model's {config.vocab_size}")
+                raise UsageError(f"{folder}: token {token} is not one of {config.vocab_size}")
         model_class, tied = MODEL_CLASSES[config.model_type], config.tie_word_embeddings
-        key_mapping = renaming(LLADA_NAMES) if raw["model_type"] == "llada" else None
-        report = {}
         if str(device) == "meta":
             with torch.device("meta"):
                 model = model_class(config)
         else:
             model, report = model_class.from_pretrained(
                 folder, config=config, dtype=dtype or torch.float32, attn_implementation="sdpa",
-                key_mapping=key_mapping, use_safetensors=True, ignore_mismatched_sizes=True,
-                output_loading_info=True)
-        for problem in ("missing", "unexpected", "mismatched"):
-            if names := sorted(map(str, report.get(f"{problem}_keys", []))):
-                first = names[0].strip("('").split("'")[0]  # a mis-shaped one comes with its shapes
-                raise UsageError(f"{folder}: {len(names)} {problem} weights, first {first}; "
-                                 "weights and config.json do not belong together")
-        if tied and model.lm_head.weight is not model.get_input_embeddings().weight:
-            raise UsageError(f"{folder}: config.json ties the head to the embedding, but the "
-                             "weights hold a head that differs")
+                key_mapping=renaming(LLADA_NAMES) if raw["model_type"] == "llada" else None,
+                use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)
+    for problem, names in report.items():  # missing_keys, unexpected_keys, mismatched_keys, ...
+        if names:
+            raise UsageError(f"{folder}: weights do not fit config.json, {problem} {min(names)}")
+    if tied and model.lm_head.weight is not model.get_input_embeddings().weight:
+        raise UsageError(f"{folder}: config.json ties head and embedding, the weights do not")
     model.get_input_embeddings().padding_idx = None  # padding is the end token, which is trained
     model.source_folder, model.source_config = folder, raw
     return model.to(device).eval(), tokenizer
@@ -197,8 +188,8 @@ def save_model(model, tokenizer, folder, weights=None):
     if raw is None:
         model.config.save_pretrained(folder)
     else:
-        dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-        (folder / "config.json").write_text(json.dumps(raw | {"torch_dtype": dtype}, indent=2))
+        dtype = str(weights["model.norm.weight"].dtype).removeprefix("torch.")
+        write_file(folder / "config.json", json.dumps(raw | {"torch_dtype": dtype}, indent=2))
         for code in model.source_folder.glob("*.py"):  # for those who use the family's loader
             shutil.copy(code, folder)
         if raw["model_type"] == "llada":
@@ -209,29 +200,28 @@ def save_model(model, tokenizer, folder, weights=None):
     tokenizer.save_pretrained(folder)
 
 def merged_weights(model):
-    """The weights of a model under the names that it has without LoRA adapters. These are merged in
-    float32: in bfloat16 a large part of a small update would be rounded away."""
+    """A model's weights; where it has LoRA adapters these are merged into them, in float32, for in
+    bfloat16 a large part of a small update would be rounded away."""
     state = model.state_dict()
-    adapters = [(name, m) for name, m in model.named_modules() if hasattr(m, "get_delta_weight")]
-    if adapters:
-        state = {name.replace(".base_layer", ""): weight.cpu().float()
-                 for name, weight in state.items() if ".lora_" not in name}
-    for name, module in adapters:
-        delta = module.get_delta_weight("default").cpu()
-        state[f"{name}.weight"] = state[f"{name}.weight"] + delta
-    return state
+    if any(".lora_" in name for name in state):
+        state = {name: weight.cpu().float() for name, weight in state.items()}
+    for name, module in model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            delta, name = module.get_delta_weight("default").cpu(), f"{name}.base_layer.weight"
+            state[name] = state[name] + delta
+    return {name.replace(".base_layer", ""): weight for name, weight in state.items()
+            if ".lora_" not in name}
 
 def attention_mask(prompt_mask, gen_length):
     """(B, P) prompt mask -> (B, P + gen_length), or None where nothing is padded (the fast path)"""
-    if prompt_mask is None or prompt_mask.all():
-        return None
-    return F.pad(prompt_mask.bool(), (0, gen_length), value=True)
+    if prompt_mask is not None and not prompt_mask.all():
+        return F.pad(prompt_mask.bool(), (0, gen_length), value=True)
 
 def logits_at(model, canvas, attention, positions, layers=None):
     """Logits that predict the tokens at consecutive `positions` (K,) of each row: -> (B, K, V).
 
-    canvas (B, T) ids, attention (B, T) or None. The head runs at these positions alone, which for
-    V = 126,464 is where most of the time would go. layers: a block_cache of these positions."""
+    canvas (B, T) ids, attention (B, T) or None. The head, large for V = 126,464, runs at these
+    positions alone. layers: a block_cache of these positions."""
     positions = positions - getattr(model.config, "logit_shift", 0)
     start, end = 0, canvas.shape[1]
     if layers is not None and layers.is_initialized:
@@ -257,22 +247,16 @@ def sample(model, prompts, *, gen_length, block_length, steps, temperature=0.0, 
     """Fill in the masks of [prompt ; completion] and return the completions, (B, L) token ids.
 
     prompts (B, P), left-padded where prompt_mask (B, P) is 0. hints (B, L): a token id where fixed,
-    the mask id elsewhere. steps: in all, divided evenly over the gen_length / block_length blocks.
-    generator: one torch.Generator, or a list of them, each for an equal run of rows, which get the
-    same noise whatever other rows share the batch. stop_early: rows with an end token in a finished
-    block are left at that, the rest of them padding; the text is the same. watch: called after each
-    step with the (B, L) completions, masks included.
-
-    Two approximations trade likeness to the exact sampler for speed, and work together:
-    cache="block": in a block's later steps only the block itself is computed (see BlockLayer).
-    threshold: in place of the schedule of `steps`, each step fills in one position a row, the most
-    confident, and all others more confident than this probability; a finished block ends at once.
+    the mask id elsewhere. steps: in all, spread evenly over the gen_length / block_length blocks.
+    generator: one torch.Generator, or a list of them, each for an equal run of rows. stop_early: a
+    row is left once a finished block of it has an end token. watch: called after each step with
+    the (B, L) completions, masks included. Two approximations are faster: cache="block" computes
+    only the block itself in its later steps (see BlockLayer); threshold, in place of `steps`, fills
+    in a row's most confident position in each step and all more confident than this probability.
 
     At temperature 0 this is token for token LLaDA's published sampler. Above 0 it has the same
     distribution with one uniform number a position in place of Gumbel noise for every word."""
     blocks = blocks_of(gen_length, block_length, steps)
-    if cache not in (None, "block"):
-        raise ValueError(f"cache is None or 'block', not {cache!r}")
     (B, P), K, device = prompts.shape, block_length, prompts.device
     mask_id, end_ids = model.config.mask_token_id, model.config.eos_token_id
     S = steps // blocks if threshold is None else K
@@ -296,8 +280,8 @@ def sample(model, prompts, *, gen_length, block_length, steps, temperature=0.0, 
             logits = logits_at(model, x, seen, positions, layers)[row, place]  # (M, V)
             u = None if noise is None else noise[rows[row], block, step, place]
             confidence = torch.full(tokens.shape, -math.inf, device=device)
-            chosen, certainty = choose_tokens(logits, mask_id, temperature, u)
-            tokens[row, place], confidence[row, place] = chosen, certainty
+            tokens[row, place], confidence[row, place] = choose_tokens(
+                logits, mask_id, temperature, u)
             # The `quota` most confident positions of a row are filled in; they never change again.
             quota = masks // S + (step < masks % S)
             rank_in_row = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
@@ -305,28 +289,20 @@ def sample(model, prompts, *, gen_length, block_length, steps, temperature=0.0, 
             if threshold is not None:
                 fill |= confidence.exp() > threshold
             x[:, positions] = torch.where(fill, tokens, x[:, positions])
+            canvas[rows] = x
             if watch:
-                canvas[rows] = x
                 watch(canvas[:, P:])
-        canvas[rows] = x
         if stop_early:
             ended = torch.isin(x[:, P:], torch.as_tensor(end_ids, device=device)).any(1)
             rows = rows[~ended]
-            if len(rows) == 0:
-                break
-
-    completions = canvas[:, P:]
-    if stop_early:
-        completions = completions.masked_fill(completions == mask_id, model.config.pad_token_id)
-    return completions
+    return canvas[:, P:].masked_fill(canvas[:, P:] == mask_id, model.config.pad_token_id)
 
 def blocks_of(gen_length, block_length, steps):
     """The number of blocks, each of which gets the same number of denoising steps."""
-    blocks = gen_length // block_length
-    if gen_length % block_length:
-        raise UsageError(f"gen_length {gen_length} is not divisible by block_length {block_length}")
-    if steps % blocks:
-        raise UsageError(f"diffusion steps {steps} are not divisible by the {blocks} blocks")
+    blocks, rest = divmod(gen_length, block_length)
+    if rest or steps % blocks:
+        raise UsageError(f"gen_length {gen_length} must be a multiple of block_length "
+                         f"{block_length}, and diffusion_steps {steps} of the number of blocks")
     return blocks
 
 def choose_tokens(logits, mask_id, temperature, u):
@@ -343,23 +319,15 @@ def choose_tokens(logits, mask_id, temperature, u):
     return tokens, logits.gather(-1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1)
 
 def uniform_noise(shape, generators, device):
-    """Uniform numbers in [0, 1); a list of generators shares the first dimension out evenly."""
-    if not isinstance(generators, (list, tuple)):
-        generators = [generators]
-    if shape[0] % len(generators):
-        raise ValueError(f"{shape[0]} rows cannot be shared by {len(generators)} generators")
+    """Uniform numbers in [0, 1). A list of generators shares the first dimension out evenly."""
+    generators = generators if isinstance(generators, list) else [generators]
     part = (shape[0] // len(generators), *shape[1:])
-    noise = []
-    for generator in generators:
-        place = "cpu" if generator is None else generator.device
-        noise.append(torch.rand(part, generator=generator, device=place))
+    noise = [torch.rand(part, generator=g, device=g.device if g else "cpu") for g in generators]
     return torch.cat(noise).clamp(max=1 - 1e-6).to(device)  # u times a sum stays below the sum
 
 class BlockLayer(DynamicLayer):
-    """One layer's keys and values of the whole canvas, of which later passes overwrite a block's.
-
-    Text outside the block does not change while the block is filled in, and its keys and values
-    would change little with the block's new tokens (the dual cache of Fast-dLLM)."""
+    """One layer's keys and values of the whole canvas, of which later passes overwrite a block's:
+    the rest would change little with the block's new tokens (the dual cache of Fast-dLLM)."""
 
     def __init__(self, block):
         super().__init__()
@@ -376,8 +344,8 @@ class BlockLayer(DynamicLayer):
         return (self.keys.shape[2] if self.is_initialized else query_length), 0
 
 def block_cache(model, positions):
-    """An empty cache for logits_at: its first pass runs over the whole canvas, later ones over the
-    block at `positions` and, where logits are read one position to the left, the token before."""
+    """An empty cache for logits_at, of which the first pass runs over the whole canvas, later ones
+    over the block at `positions` (and the token before where logits are read from there)."""
     block = slice(positions[0].item() - getattr(model.config, "logit_shift", 0),
                   positions[-1].item() + 1)
     return Cache(layers=[BlockLayer(block) for _ in range(model.config.num_hidden_layers)])
@@ -412,28 +380,27 @@ NUMBER = re.compile(r"(?<![\d.])\d[\d,]*(?:\.\d+)?")
 def cut_trace(solution, answer, question=""):
     """The part of a reference solution before it gives its answer away, None where nothing is left.
 
-    A hint that contains the answer is an invitation to copy it (the released code leaves it in). A
-    number counts as the answer wherever it has its value (270.00 is 270), anything else where it
-    stands literally. What the question itself contains is no secret: then the answer is given away
-    at its last place in the solution, else at its first."""
+    A hint that contains the answer invites copying it. A number counts as the answer wherever it
+    has its value (270.00 is 270), anything else where it stands literally. What the question itself
+    contains is no secret: then the answer is given away at its last place, else at its first."""
     body = re.split(r"The answer is|####", solution)[0]
     answer = answer.strip().strip("$").lstrip("-")
-    number = NUMBER.fullmatch(answer)
-    if number:
-        def same(match):
-            return Decimal(match[0].replace(",", "")) == Decimal(answer.replace(",", ""))
-        pattern = NUMBER
-    else:
-        def same(match):
-            return bool(answer)
-        pattern = re.compile(rf"(?<![\\\w]){re.escape(answer)}(?!\w)")
-    places = [match.start() for match in pattern.finditer(body) if same(match)]
-    if not places:
+    pattern = re.compile(rf"(?<![\\\w]){re.escape(answer)}(?!\w)")
+    is_number = NUMBER.fullmatch(answer)
+
+    def places(text):
+        if not is_number:
+            return [match.start() for match in pattern.finditer(text) if answer]
+        value = Decimal(answer.replace(",", ""))
+        return [match.start() for match in NUMBER.finditer(text)
+                if Decimal(match[0].replace(",", "")) == value]
+
+    found = places(body)
+    if not found:
         return None
-    given = any(same(match) for match in pattern.finditer(question))
     # Back to the last space or "=" outside of braces: not inside a number or a LaTeX command.
     end, depth = 0, 0
-    for i, character in enumerate(body[: places[-1] if given else places[0]]):
+    for i, character in enumerate(body[: found[-1] if places(question) else found[0]]):
         depth += (character == "{") - (character == "}")
         if depth == 0 and character in " \n=":
             end = i + 1
@@ -530,10 +497,10 @@ def number(text):
     plain = re.fullmatch(r"\(?([-+]?(\d+/0*[1-9]\d*|(\d+\.?\d*|\.\d+)(e[-+]?\d{1,3})?))\)?", text)
     return Fraction(plain[1]) if plain else None
 
-# The judge reads [answer, reference] lines and prints 1 (equal), 0, or less (killed). Each line is
-# judged in a fork of its own under kernel limits: nothing else stops big-integer C code.
+# The judge reads [answer, reference] lines and prints 7 (equal), 0 or 1 (not), or less (killed). A
+# line is judged in a fork of its own under kernel limits: nothing else stops big-integer C code.
 JUDGE = r"""
-import json, os, resource, signal, sys
+import json, os, resource, sys
 from math_verify import LatexExtractionConfig, parse, verify
 
 def same(*pair):
@@ -548,10 +515,7 @@ for line in sys.stdin:
     if child == 0:
         resource.setrlimit(resource.RLIMIT_CPU, (1, 1))                 # seconds
         resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))  # bytes
-        try:
-            os._exit(same(*json.loads(line)))
-        except BaseException:
-            os._exit(0)
+        os._exit(7 * same(*json.loads(line)))  # an exception exits with 1
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 judge = None  # the process, started at the first need, because sympy imports slowly
@@ -569,16 +533,14 @@ def ask_judge(answer, reference):
     verdict = ""
     try:
         print(json.dumps([answer, reference]), file=judge.stdin, flush=True)
-        if select.select([judge.stdout], [], [], 5)[0]:  # else something has stopped it
+        if select.select([judge.stdout], [], [], 5)[0]:
             verdict = judge.stdout.readline()
-    except OSError:
-        pass  # it was killed
     finally:
-        if not verdict:  # nor may an interrupted question leave its verdict to the next
+        if not verdict:  # it was stopped or killed, or interrupted and must not answer later
             judge.kill()
             judge.wait()
-    GRADE_TIMEOUTS += verdict not in ("0\n", "1\n")
-    return verdict == "1\n"
+    GRADE_TIMEOUTS += verdict not in ("0\n", "1\n", "7\n")
+    return verdict == "7\n"
 
 def format_score(completion):
     r"""The released code's reward for the form: 0.125 each for exactly one "<reasoning>\n", one
@@ -685,7 +647,7 @@ def entropy_filter(entropy, hint_positions, keep):
     entropy (N, L), or of the shape of hint_positions (..., L) bool. Returns a bool mask of that
     shape, True at these hint tokens and at every position that is no hint. A confident policy that
     is forced to change at a hint token takes a large and destabilising step; where it is uncertain
-    it can be taught. keep -> 0+ leaves one token, 0 none."""
+    it can be taught."""
     if entropy.dim() < hint_positions.dim():
         entropy = entropy.unsqueeze(-2).expand(hint_positions.shape)
     among_hints = entropy.masked_fill(~hint_positions, -math.inf)
@@ -760,49 +722,41 @@ class Problem(NamedTuple):
     answer: str
     trace: str | None  # the reference reasoning up to its answer; None: no hints can be made
 
-class Example(NamedTuple):
-    """A Problem in token ids."""
+class Example(NamedTuple):  # a Problem in token ids
     prompt: list
     answer: str
     trace: torch.Tensor | None
 
-def read_rows(source, columns, *, split="train", subset=None):
-    """Rows of a .json or .jsonl file, or of what `datasets` reads: a hub name, a .csv or .parquet
-    file. columns: {name: type or types}; of a column "a|b" one is enough."""
+def read_rows(source, columns=(), *, split="train", subset=None):
+    """Rows of a .jsonl file, or of what `datasets` reads: a .json, .csv or .parquet file, a hub
+    name. The named columns of every row must hold text."""
     path, rows = Path(source), []
     with file_errors(source):
-        if path.suffix == ".json":
-            rows = json.loads(path.read_text("utf-8"))
-        elif path.suffix == ".jsonl":
+        if path.suffix == ".jsonl":
             for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
                 with file_errors(f"{source}, line {number}"):
                     rows += [json.loads(line)] if line.strip() else []
         else:
             import datasets  # slow to import, and needed here alone
             datasets.disable_progress_bars()
-            kind = {".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
-            data = dict(path=kind, data_files=str(source)) if kind else dict(path=str(source))
+            data = dict(path=str(source))
+            if path.suffix in (".json", ".csv", ".parquet"):
+                data = dict(path=path.suffix[1:], data_files={split: str(source)})
             rows = list(datasets.load_dataset(**data, name=subset, split=split))
-    if not isinstance(rows, list) or not rows:
+    if not rows:
         raise UsageError(f"{source} holds no rows")
     for number, row in enumerate(rows, 1):
-        for column, kinds in columns.items():
-            have = row if isinstance(row, dict) else {}
-            values = [have[name] for name in column.split("|") if name in have]
-            if not values:
-                raise UsageError(f"{source}, row {number}: no column {column!r} (it has "
-                                 f"{', '.join(have) or 'none'})")
-            if not any(isinstance(value, kinds) for value in values):
-                raise UsageError(f"{source}, row {number}: column {column!r} is {values[0]!r:.40}, "
-                                 "not text")
+        for column in columns:
             with file_errors(f"{source}, row {number}, column {column!r}"):
-                "".join(map(str, values)).encode()  # half a surrogate pair is no text
+                if not isinstance(row.get(column), str):
+                    raise TypeError(f"{row.get(column)!r:.40} is no text")
+                row[column].encode()  # half a surrogate pair is no text either
     return rows
 
 def metamath_problems(source):
     """MetaMathQA as the released runs use it: answer-augmented rows alone, one per query."""
     problems = {}
-    for row in read_rows(source, {"type": str, "query": str, "response": str}):
+    for row in read_rows(source, ["type", "query", "response"]):
         query, (_, marker, answer) = row["query"], row["response"].rpartition("The answer is:")
         stated = row["type"] in ("GSM_AnsAug", "MATH_AnsAug") and marker and answer.strip()
         if stated and query not in problems:
@@ -812,36 +766,38 @@ def metamath_problems(source):
         raise UsageError(f"{source}: no row of type GSM_AnsAug or MATH_AnsAug states its answer")
     return list(problems.values())
 
+def encode(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False).input_ids
+
 def encode_prompt(tokenizer, question):
     """Token ids of a question; in a chat template the form of the answer is asked for as well."""
     if tokenizer.chat_template is not None:
         question = tokenizer.apply_chat_template(
             [{"role": "user", "content": INSTRUCTION + question}], add_generation_prompt=True,
             tokenize=False)
-    return tokenizer(question, add_special_tokens=False).input_ids
+    return encode(tokenizer, question)
 
 def encode_problems(tokenizer, problems, max_prompt_length):
     """Problems -> Examples, less those whose prompt is too long; a trace behind the opening tag, as
     it stands in a completion."""
     examples = []
     for question, answer, trace in problems:
+        prompt = encode_prompt(tokenizer, question)
         if trace is not None:
-            ids = tokenizer(f"<reasoning>\n{trace}", add_special_tokens=False).input_ids
-            trace = torch.tensor(ids)
-        examples.append(Example(encode_prompt(tokenizer, question), answer, trace))
-    fit = [example for example in examples if len(example.prompt) <= max_prompt_length]
-    if examples and not fit:
-        raise UsageError(f"all {len(examples)} prompts are longer than --max_prompt_length "
-                         f"{max_prompt_length}")
-    return fit
+            trace = torch.tensor(encode(tokenizer, f"<reasoning>\n{trace}"))
+        if len(prompt) <= max_prompt_length:
+            examples.append(Example(prompt, answer, trace))
+    if problems and not examples:
+        raise UsageError(f"all prompts are longer than --max_prompt_length {max_prompt_length}")
+    return examples
 
 def pad_left(prompts, pad_id, device="cpu"):
     """Lists of ids -> (N, P) ids and (N, P) mask. With padding on the left, every completion starts
     at column P."""
     P = max(map(len, prompts))
     ids = [[pad_id] * (P - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[False] * (P - len(prompt)) + [True] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids, device=device).long(), torch.tensor(mask, device=device).bool()
+    mask = [[i >= P - len(prompt) for i in range(P)] for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 def decode(tokenizer, completion, end_ids):
     """The text of an (L,) completion, up to its first end token."""
@@ -876,32 +832,30 @@ Solution:
 {solution}"""
 
 def rewrite(cfg, device, out):
-    """The stage before SFT: an instruction model rewrites solutions, and out/traces.jsonl gets
-    those that are short, in form, and right, with the columns that SFT reads. Each process does
-    its share, into rewritten.RANK.jsonl; after --resume what stands there is not done again."""
-    rows = read_rows(cfg.rewrite_data, {"problem": str, "answer": str,
-                                        "solution|generations": (str, list)})
-    _, tokenizer = toy_model(0) if cfg.model == "toy" else load_model(cfg.model, device="meta")
+    """The stage before SFT: an instruction model rewrites solutions; those that are short, in form
+    and right go to traces.jsonl, which SFT reads. Each process does its share and notes it in
+    rewritten.RANK.jsonl; after --resume what stands there is not done again."""
+    rows = read_rows(cfg.rewrite_data, ["problem", "answer", "solution"])
+    tokenizer = (toy_model(0) if cfg.model == "toy" else load_model(cfg.model, device="meta"))[1]
     with file_errors(cfg.rewriter):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         writer = transformers.pipeline("text-generation", cfg.rewriter, device=device, dtype=dtype)
-        writer.tokenizer.padding_side, chat = "left", writer.tokenizer.chat_template is not None
+        writer.tokenizer.padding_side = "left"
         writer.tokenizer.pad_token = writer.tokenizer.pad_token or writer.tokenizer.eos_token
+
     def written():
-        parts = sorted(out.glob("rewritten.*.jsonl"))
-        return [line for part in parts for line in read_lines(part)]
+        return {line["row"]: line for part in out.glob("rewritten.*.jsonl")
+                for line in read_lines(part)}
 
     with open_run(cfg, out):
-        done = {line["row"] for line in written()}
+        done = written()
         barrier()  # every process has read before one writes
         mine = [i for i in range(rank(), len(rows), world()) if i not in done]
         for at in tqdm(range(0, len(mine), cfg.rewrite_batch), "rewriting", disable=rank() > 0):
-            part, requests = mine[at: at + cfg.rewrite_batch], []
-            for i in part:
-                solution = rows[i].get("solution") or rows[i].get("generations") or ""
-                solution = solution if isinstance(solution, str) else solution[0]
-                request = REWRITE.format(problem=rows[i]["problem"], solution=solution)
-                requests.append([{"role": "user", "content": request}] if chat else request)
+            part = mine[at: at + cfg.rewrite_batch]
+            requests = [REWRITE.format(**rows[i]) for i in part]
+            if writer.tokenizer.chat_template is not None:
+                requests = [[{"role": "user", "content": request}] for request in requests]
             answers = writer(requests, batch_size=len(part), do_sample=False,
                              return_full_text=False, max_new_tokens=cfg.sft_length + 64)
             for i, answer in zip(part, answers):
@@ -916,20 +870,16 @@ def rewrite(cfg, device, out):
                     "row": i, "verdict": verdict, "prompt": rows[i]["problem"], "completion": text})
         barrier()
         if rank() == 0:
-            lines = sorted(written(), key=lambda line: line["row"])
-            kept = [json.dumps(line) + "\n" for line in lines if line["verdict"] == "kept"]
-            write_file(out / "traces.jsonl", "".join(kept))
-            print(f"{out / 'traces.jsonl'}: {len(kept)} of {len(rows)} rewritten traces")
+            lines = [line for _, line in sorted(written().items()) if line["verdict"] == "kept"]
+            write_file(out / "traces.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+            print(f"{out / 'traces.jsonl'}: {len(lines)} of {len(rows)} rewritten traces")
 
-# The toy world, a miniature of the paper's situation: a cipher. Each letter stands for one digit,
-# the same for all seeds. A problem is a word of four letters, "cafb="; the trace y* spells their
-# digits, ".3.1.4.0", and the answer is these in reverse order, "0413", so it is computed from the
-# trace and never stands in it. SFT teaches the form, the reversal and a part of the code: the
-# traces that it sees are always right about an easy letter, in 45% of cases about a medium one
-# (else they show one fixed wrong digit) and in 7% about a hard one (else that, or a random digit).
-# A word with three hard letters is nearly always an all-wrong group, so GRPO learns nothing from
-# it, and what it learns about other letters does not help. A hint with one of the three digits
-# leaves two to guess, and what the policy learns of them makes the next group easier.
+# The toy world is a cipher: each letter stands for one digit. A problem is a word, "cafb="; the
+# trace y* spells its digits, ".3.1.4.0", and the answer is these in reverse, "0413", which never
+# stands in the trace. SFT teaches the form and a part of the code: its traces are always right
+# about an easy letter, in 45% of cases about a medium one (else one fixed wrong digit) and in 7%
+# about a hard one (else that, or a random digit). Words with three hard letters are nearly always
+# all-wrong groups, of which GRPO learns nothing; a hint with one digit leaves two to guess.
 
 EASY, MEDIUM, HARD = "abcdef", "ghijk", "lmnop"
 TOY_WORDS = [*"0123456789", *EASY, *MEDIUM, *HARD, ".", "=", "}", "\\boxed{", "<reasoning>\n",
@@ -984,20 +934,13 @@ def toy_model(seed):
         mask_token_id=tokenizer.mask_token_id, eos_token_id=[tokenizer.eos_token_id],
         pad_token_id=tokenizer.pad_token_id)), tokenizer
 
-TOY = dict(
-    model="toy", train_data="toy", sft_data="toy", gen_length=20, diffusion_steps=4,
-    block_length=10, rows_per_call=512, prompts_per_step=16, prompts_per_forward=16, min_chunk=1,
-    max_chunk=2, room=10, reward_correct=1.0, reward_format=0.0, max_steps=100, lr=3e-4,
-    warmup_steps=20, gradient_checkpointing=False, sft_steps=500, sft_batch=128, sft_length=20,
-    sft_rows_per_forward=128, sft_lr=3e-3, eval_size=512)
-
 # ------------------------------------------------
 # 10. Processes, files and checkpoints. The method above and the loops below read as if there were
 #     one process; what knows better is here.
 
 def setup():
-    """Join the processes that torchrun started, if it did, and return this one's device. A single
-    GPU is a group of one, because sharding also gives bf16 compute over float32 weights."""
+    """Join the processes that torchrun started, if any -> this one's device. A single GPU is a
+    group of one, because sharding also gives bfloat16 compute over float32 weights."""
     logging.disable(logging.ERROR)  # this file says itself what does not fit
     warnings.simplefilter("ignore")
     transformers.utils.logging.disable_progress_bar()
@@ -1011,7 +954,7 @@ def setup():
         if sys.platform == "linux":  # PR_SET_PDEATHSIG: end if torchrun does, even if it is killed
             ctypes.CDLL(None).prctl(1, 9)
         # Ranks may be far apart: one reads the weights for all, one has more to rewrite.
-        dist.init_process_group(timeout=datetime.timedelta(hours=12), **group)
+        dist.init_process_group(timeout=timedelta(hours=12), **group)
     elif device.type == "cuda" and not dist.is_initialized():
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **group)
     return device
@@ -1022,32 +965,20 @@ def rank():
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
-def print0(*args):
-    if rank() == 0:
-        print(*args, flush=True)
-
 def barrier():
     if dist.is_initialized():
         dist.barrier()
 
+def print0(*args):
+    if rank() == 0:
+        print(*args, flush=True)
+
 def mean_across_ranks(metrics, device="cpu"):
     """The mean over all processes of a dict of numbers."""
-    if world() == 1:
-        return dict(metrics)
     values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=device)
-    dist.all_reduce(values)
+    if dist.is_initialized():
+        dist.all_reduce(values)
     return dict(zip(metrics, (values / world()).tolist()))
-
-@contextlib.contextmanager
-def file_errors(path):
-    """What goes wrong while a file, model or data set is read or written is one line naming it."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except (Exception, dcp.CheckpointException) as error:
-        reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[-1]
-        raise UsageError(f"{path}: {reason[:200]} ({type(error).__name__})") from error
 
 def write_file(path, text):
     """Replace a file at once: a kill leaves the old one or the new one."""
@@ -1071,8 +1002,7 @@ def read_lines(path):
         return [dict(json.loads(line)) for line in complete.splitlines()]
 
 def locked(folder):
-    """One program at a time writes to a folder: rank 0 locks it, for as long as any rank may write,
-    until what this returns is closed."""
+    """One program at a time writes to a folder: rank 0 locks it until the lock is closed."""
     if rank() > 0:
         return contextlib.nullcontext()
     with file_errors(folder):
@@ -1084,21 +1014,32 @@ def locked(folder):
             raise UsageError(f"another process is still writing to {folder}: end it, or wait")
     return lock
 
-def load_sharded(name_or_path, device, *, dtype=torch.float32, seed=0):
-    """load_model for every process: whole on one CPU process, else rank 0 reads it and the shards
-    are dealt out (FSDP2). The others build it without weights, so the host holds one copy."""
-    if name_or_path == "toy":
-        model, tokenizer = toy_model(seed)
+def load_policy(cfg, device, sft=None):
+    """The model to train and its tokenizer. sft: the folder of a finished SFT to go on from."""
+    if cfg.lora_rank:  # whole and frozen on every process
+        name, place = cfg.model, device
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    else:  # rank 0 reads the weights and deals out shards, so the host holds one copy
+        name, place, dtype = sft or cfg.model, "cpu" if rank() == 0 else "meta", torch.float32
+    if name == "toy":
+        model, tokenizer = toy_model(cfg.seed)
     else:
-        place = "cpu" if rank() == 0 else "meta"
-        model, tokenizer = load_model(name_or_path, dtype=dtype, device=place)
-    if not dist.is_initialized():
-        return model.to(device), tokenizer
+        model, tokenizer = load_model(name, dtype=dtype, device=place)
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if cfg.lora_rank:
+        add_lora(model, cfg, sft)
+    elif dist.is_initialized():
+        shard(model, device)
+    return model, tokenizer
+
+def shard(model, device):
+    """FSDP2: every process keeps a share of rank 0's float32 weights and computes in bfloat16."""
     weights = model.state_dict() if rank() == 0 else {}
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     options = dict(mesh=init_device_mesh(device.type, (world(),)), mp_policy=MixedPrecisionPolicy(
         param_dtype=compute, reduce_dtype=torch.float32))
-    model.to("meta", dtype).tie_weights()
+    model.to("meta").tie_weights()
     for layer in model.model.layers:
         fully_shard(layer, **options)
     fully_shard(model, **options)
@@ -1106,37 +1047,24 @@ def load_sharded(name_or_path, device, *, dtype=torch.float32, seed=0):
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)  # in no file
     set_model_state_dict(model, weights, options=StateDictOptions(
         full_state_dict=True, broadcast_from_rank0=True))
-    return model, tokenizer
 
-def load_lora(cfg, device, adapter):
-    """A frozen model, whole on every process, with trainable float32 adapters: new ones, or those
-    in the folder `adapter`."""
-    from peft import LoraConfig
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model, tokenizer = (toy_model(cfg.seed) if cfg.model == "toy" else
-                        load_model(cfg.model, dtype=dtype, device=device))
+def add_lora(model, cfg, sft):
+    """Freeze the model and give it float32 adapters to train: new ones, or those of an SFT."""
     model.requires_grad_(False)
-    torch.manual_seed(cfg.seed)  # the same adapters on every process
-    with file_errors(adapter):
-        if adapter:
-            model.load_adapter(str(adapter), "default", is_trainable=True)
-        else:
-            model.add_adapter(LoraConfig(
-                r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout,
-                target_modules="all-linear"))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return model, tokenizer
+    if sft:
+        with file_errors(sft):
+            model.load_adapter(str(sft / "adapter"), "default", is_trainable=True)
+    else:
+        from peft import LoraConfig
+        torch.manual_seed(cfg.seed)  # the same adapters on every process
+        model.add_adapter(LoraConfig(
+            r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout,
+            target_modules="all-linear"))
+    for parameter in trained(model):
+        parameter.data = parameter.data.float()
 
-def freeze_reference(model):
-    """A second LoRA adapter, a frozen copy of the trained one: the policy that the KL is to."""
-    model.add_adapter(model.peft_config["default"], "reference")
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        if ".reference." in name:
-            parameter.data = parameters[name.replace(".reference.", ".default.")].data.clone()
-    model.set_adapter("default")
+def trained(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 @contextlib.contextmanager
 def gathered(model):
@@ -1153,17 +1081,24 @@ def gathered(model):
             module.set_reshard_after_forward(module is not model, recurse=False)
             module.reshard()
 
+@torch.no_grad()
+def swap(parameters, others):
+    """Exchange the values of two lists of parameters: for scoring by the initial policy."""
+    for parameter, other in zip(parameters, others):
+        value = parameter.clone()
+        parameter.copy_(other)
+        other.copy_(value)
+
 def save_full(model, tokenizer, folder):
     """save_model by rank 0, of weights gathered from all; the folder appears when complete."""
     weights, unfinished = None, Path(f"{folder}.unfinished")
     with file_errors(folder):
         if isinstance(model, FSDPModule):
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            weights = get_model_state_dict(model, options=options)
+            weights = {name: weight.clone() if weight.untyped_storage().nbytes() > weight.nbytes
+                       else weight  # a part of a larger buffer would be saved with all of it
+                       for name, weight in get_model_state_dict(model, options=options).items()}
         if rank() == 0:
-            for name, weight in (weights or {}).items():
-                if weight.untyped_storage().nbytes() > weight.nbytes:  # a part of a larger buffer
-                    weights[name] = weight.clone()
             shutil.rmtree(unfinished, ignore_errors=True)
             save_model(model, tokenizer, unfinished, weights)
             if hasattr(model, "peft_config"):
@@ -1171,6 +1106,12 @@ def save_full(model, tokenizer, folder):
             shutil.rmtree(folder, ignore_errors=True)
             unfinished.rename(folder)
     barrier()
+
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # not the base under a LoRA
+
+def trained_state(model, optimizer):
+    weights, moments = get_state_dict(model, optimizer, options=TRAINED)
+    return {"model": weights, "optimizer": moments}
 
 def save_checkpoint(out, stage, step, model, optimizer):
     """Write out/checkpoint-STAGE-STEP, each rank its shards, and drop the one before.
@@ -1182,51 +1123,45 @@ def save_checkpoint(out, stage, step, model, optimizer):
         dcp.save(trained_state(model, optimizer), checkpoint_id=folder,
                  no_dist=not dist.is_initialized())
     if rank() == 0:
-        size = (out / "metrics.jsonl").stat().st_size
-        state = {"stage": stage, "step": step, "metrics_bytes": size, "folder": folder.name}
-        write_file(out / "state.json", json.dumps(state))
+        write_file(out / "state.json", json.dumps({
+            "stage": stage, "step": step, "bytes": (out / "metrics.jsonl").stat().st_size}))
         for other in out.glob("checkpoint-*"):
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
     barrier()
 
+def read_state(out):
+    """-> stage and step of the newest checkpoint, and the size of metrics.jsonl at that time"""
+    path = out / "state.json"
+    if not path.exists():
+        return "", 0, 0
+    with file_errors(path):
+        state = json.loads(path.read_text())
+        return state["stage"], int(state["step"]), int(state["bytes"])
+
 def resume_step(out, stage, steps, model, optimizer):
     """Fill model and optimizer from the checkpoint, written by any number of processes, if there is
     one of this stage. -> the step to go on from"""
-    state = read_state(out)
-    if state["stage"] != stage:
+    at, step, _ = read_state(out)
+    if at != stage:
         return 0
-    folder = out / state["folder"]
-    if not 0 <= state["step"] <= steps:
-        raise UsageError(f"{out / 'state.json'}: step {state['step']} is not among the {steps} of "
-                         "this run")
+    if step not in range(steps + 1):
+        raise UsageError(f"{out / 'state.json'}: step {step} is not among the {steps} of this run")
+    folder = out / f"checkpoint-{stage}-{step}"
     with file_errors(folder):
         found = trained_state(model, optimizer)
         dcp.load(found, checkpoint_id=folder, no_dist=not dist.is_initialized())
         set_state_dict(model, optimizer, model_state_dict=found["model"],
                        optim_state_dict=found["optimizer"], options=TRAINED)
-    return state["step"]
-
-TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # not the base under a LoRA
-
-def trained_state(model, optimizer):
-    weights, moments = get_state_dict(model, optimizer, options=TRAINED)
-    return {"model": weights, "optimizer": moments}
-
-def read_state(out):
-    """What state.json says of the newest checkpoint; the beginning of a run where there is none."""
-    state, path = {"stage": "", "step": 0, "metrics_bytes": 0, "folder": ""}, out / "state.json"
-    if path.exists():
-        with file_errors(path):
-            found = json.loads(path.read_text())
-            state = {name: type(value)(found[name]) for name, value in state.items()}
-    return state
+    return step
 
 # ------------------------------------------------
 # 11. The recipe.
 
 def flag(default, help, bounds=None):
-    """A field of a Config, and so a flag. bounds: its least and greatest value, as in "0..1"."""
+    """A field of a Config, and so a flag. bounds: a number's least and greatest value."""
+    if type(default) is int:
+        bounds = bounds or "1..1e5"
     return field(default=default, metadata={"help": help} | ({"metavar": bounds} if bounds else {}))
 
 @dataclass
@@ -1242,21 +1177,21 @@ class Config:
     seed: int = flag(3, "seed of everything random", "0..1e9")
     resume: bool = flag(False, "continue the run in out_dir; give the same flags again")
     # sampler
-    gen_length: int = flag(256, "completion length L, tokens", "1..1e5")
-    diffusion_steps: int = flag(128, "denoising steps for a completion", "1..1e5")
-    block_length: int = flag(32, "tokens in a semi-autoregressive block", "1..1e5")
+    gen_length: int = flag(256, "completion length L, tokens")
+    diffusion_steps: int = flag(128, "denoising steps for a completion")
+    block_length: int = flag(32, "tokens in a semi-autoregressive block")
     temperature: float = flag(1.2, "of the roll-outs", "0..100")
     cache: Literal["none", "block"] = flag("none", "block: faster, approximate (see sample)")
     threshold: float | None = flag(None, "faster, approximate (see sample); try 0.9", "0..1")
-    rows_per_call: int = flag(64, "responses sampled in one batch, whole groups", "1..1e5")
-    max_prompt_length: int = flag(512, "longer prompts are left out, tokens", "1..1e5")
+    rows_per_call: int = flag(64, "responses sampled in one batch, whole groups")
+    max_prompt_length: int = flag(512, "longer prompts are left out, tokens")
     # groups and hints
-    prompts_per_step: int = flag(64, "prompts in an update, over all processes", "1..1e5")
+    prompts_per_step: int = flag(64, "prompts in an update, over all processes")
     group_size: int = flag(8, "G, responses to a prompt", "2..1e4")
     eta_low: float = flag(0.2, "share of the chunks given: eta ~ U[eta_low, eta_high]", "0..1")
     eta_high: float = flag(0.6, "see eta_low", "0..1")
-    min_chunk: int = flag(5, "shortest chunk, tokens", "1..1e5")
-    max_chunk: int = flag(10, "longest chunk, tokens", "1..1e5")
+    min_chunk: int = flag(5, "shortest chunk, tokens")
+    max_chunk: int = flag(10, "longest chunk, tokens")
     room: int = flag(30, "last positions, which no hint takes", "0..1e5")
     lam: float = flag(0.5, "lambda, the share of a group that may be replaced", "0..1")
     reward_correct: float = flag(3.0, "reward of a correct answer", "0..1e6")
@@ -1267,34 +1202,39 @@ class Config:
     epsilon: float = flag(0.2, "clip range of the ratio", "0..1")
     beta: float = flag(0.01, "weight of the KL to the initial policy", "0..1e6")
     ratio: Literal["sequence", "token"] = flag("sequence", "one ratio a response, or one a token")
-    epochs: int = flag(10, "passes over the RL problems", "1..1e5")
+    epochs: int = flag(10, "passes over the RL problems")
     max_steps: int | None = flag(None, "RL steps, in place of epochs", "1..1e9")
     lr: float = flag(5e-7, "learning rate, linear to 0 after the warm-up", "1e-12..1")
     warmup_steps: int = flag(50, "updates of linear warm-up, also in SFT", "0..1e9")
     max_grad_norm: float = flag(0.2, "gradients are scaled down to this norm", "1e-9..1e9")
-    prompts_per_forward: int = flag(8, "prompts in one pass of an update, at most", "1..1e5")
+    prompts_per_forward: int = flag(8, "prompts in one pass of an update, at most")
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass")
     lora_rank: int = flag(0, "train LoRA adapters (pip install peft); 0: all weights", "0..1e4")
     lora_alpha: float = flag(128, "LoRA's scale is alpha / rank", "1e-9..1e6")
     lora_dropout: float = flag(0.0, "LoRA's dropout", "0..0.99")
     # SFT
     sft_steps: int = flag(2000, "SFT updates", "1..1e9")
-    sft_batch: int = flag(64, "examples in an SFT update, over all processes", "1..1e5")
-    sft_rows_per_forward: int = flag(1, "examples in one pass, at most", "1..1e5")
+    sft_batch: int = flag(64, "examples in an SFT update, over all processes")
+    sft_rows_per_forward: int = flag(1, "examples in one pass, at most")
     sft_length: int = flag(1024, "completion length; longer examples are left out", "2..1e5")
     sft_lr: float = flag(1e-5, "learning rate, linear to 0 after the warm-up", "1e-12..1")
     rewrite_data: str = flag("open-r1/OpenR1-Math-220k", "solutions, for --stage rewrite")
     rewriter: str = flag("Qwen/Qwen2.5-14B-Instruct", "instruction model that rewrites them")
-    rewrite_batch: int = flag(16, "solutions rewritten at once", "1..1e5")
-    # reports and checkpoints
-    eval_size: int = flag(256, "held-out problems, answered greedily before and after", "1..1e6")
-    eval_every: int = flag(0, "RL steps between evaluations; 0: before and after", "0..1e9")
-    show_every: int = flag(25, "RL steps between responses shown; 0: never", "0..1e9")
-    save_every: int = flag(50, "RL steps between checkpoints; 0: at the end", "0..1e9")
-    sft_save_every: int = flag(0, "SFT steps between checkpoints; 0: at the end", "0..1e9")
+    rewrite_batch: int = flag(16, "solutions rewritten at once")
+    # reports and checkpoints; 0: only at the end
+    eval_size: int = flag(256, "held-out problems, answered greedily before and after")
+    eval_every: int = flag(0, "RL steps between evaluations", "0..1e9")
+    show_every: int = flag(25, "RL steps between rescued responses shown; 0: never", "0..1e9")
+    save_every: int = flag(50, "RL steps between checkpoints", "0..1e9")
+    sft_save_every: int = flag(0, "SFT steps between checkpoints", "0..1e9")
     wandb: str | None = flag(None, "project to send metrics to (pip install wandb)")
 
-PRESETS = {"llada": {}, "toy": TOY}
+PRESETS = {"llada": {}, "toy": dict(
+    model="toy", train_data="toy", sft_data="toy", gen_length=20, diffusion_steps=4,
+    block_length=10, rows_per_call=512, prompts_per_step=16, prompts_per_forward=16, min_chunk=1,
+    max_chunk=2, room=10, reward_correct=1.0, reward_format=0.0, max_steps=100, lr=3e-4,
+    warmup_steps=20, gradient_checkpointing=False, sft_steps=500, sft_batch=128, sft_length=20,
+    sft_rows_per_forward=128, sft_lr=3e-3, eval_size=512)}
 FREE_TO_CHANGE = {"out_dir", "resume", "save_every", "sft_save_every", "show_every", "wandb"}
 
 def parse(config_class, argv=None, presets=None):
@@ -1321,15 +1261,14 @@ def parse(config_class, argv=None, presets=None):
 def check(cfg):
     """What can be known to be wrong before anything is loaded."""
     blocks_of(cfg.gen_length, cfg.block_length, cfg.diffusion_steps)
-    for low, high in ("eta_low", "eta_high"), ("min_chunk", "max_chunk"):
-        if getattr(cfg, low) > getattr(cfg, high):
-            raise UsageError(f"--{low} {getattr(cfg, low)} is above --{high} {getattr(cfg, high)}")
+    if cfg.eta_low > cfg.eta_high or cfg.min_chunk > cfg.max_chunk:
+        raise UsageError("--eta_low is above --eta_high, or --min_chunk above --max_chunk")
     for name in "prompts_per_step", "sft_batch":
         if getattr(cfg, name) % world():
             raise UsageError(f"--{name} {getattr(cfg, name)} is no multiple of {world()} processes")
-    for name, package in ("lora_rank", "peft"), ("wandb", "wandb"):
-        if getattr(cfg, name) and importlib.util.find_spec(package) is None:
-            raise UsageError(f"--{name} needs {package}: pip install {package}")
+    for used, package in (cfg.lora_rank, "peft"), (cfg.wandb, "wandb"):
+        if used and importlib.util.find_spec(package) is None:
+            raise UsageError(f"{package} is not installed: pip install {package}")
     if cfg.stage == "sft" and not cfg.sft_data:
         raise UsageError("--stage sft needs --sft_data")
     if not (torch.cuda.is_available() or cfg.model == "toy" or Path(cfg.model).is_dir()):
@@ -1339,9 +1278,9 @@ def check(cfg):
 def check_length(model, prompts, completion_length):
     """Beyond the positions that it was trained for a model writes nonsense, without an error."""
     longest, most = max(map(len, prompts), default=0), model.config.max_position_embeddings
-    if longest + completion_length > most:
+    if longest and longest + completion_length > most:
         raise UsageError(f"a prompt of {longest} and a completion of {completion_length} tokens do "
-                         f"not fit the model's {most} positions (max_position_embeddings)")
+                         f"not fit the model's {most} positions")
 
 def sampling(cfg):
     return dict(gen_length=cfg.gen_length, block_length=cfg.block_length, steps=cfg.diffusion_steps,
@@ -1349,32 +1288,31 @@ def sampling(cfg):
 
 def answer_examples(model, tokenizer, examples, *, batch_size, jobs=None, seed=0, **sampling):
     """Sample completions: yields (example, sample, text, number of tokens) for each job, in order.
-
     jobs: (example index, sample index) pairs, each with its own random numbers; default: all."""
-    config, device = model.config, model.device
-    jobs = [(i, 0) for i in range(len(examples))] if jobs is None else jobs
+    jobs, ends = jobs or [(i, 0) for i in range(len(examples))], model.config.eos_token_id
     for at in range(0, len(jobs), batch_size):
         part = jobs[at: at + batch_size]
-        ids, mask = pad_left([examples[i].prompt for i, _ in part], config.pad_token_id, device)
+        ids, mask = pad_left([examples[i].prompt for i, _ in part], ends[0], model.device)
         completions = sample(model, ids, prompt_mask=mask, stop_early=True,
                              generator=[seeded(seed, "answer", i, s) for i, s in part], **sampling)
-        lengths = counted_tokens(completions, config.eos_token_id).sum(1).tolist()
+        lengths = counted_tokens(completions, ends).sum(1).tolist()
         for (i, s), completion, length in zip(part, completions, lengths):
-            yield i, s, decode(tokenizer, completion, config.eos_token_id), length
+            yield i, s, decode(tokenizer, completion, ends), length
 
 def evaluate(name, model, tokenizer, examples, cfg, out, step=0):
     """Greedy accuracy on held-out examples, into the log; a resumed run may have it there."""
     before = read_lines(out / "metrics.jsonl")
     if not examples or any(name in line and line["step"] == step for line in before):
         return
+    model.eval()
     mine, right = examples[rank():: world()], 0
     with gathered(model):
         for i, _, text, _ in answer_examples(model, tokenizer, mine, batch_size=cfg.rows_per_call,
                                              **sampling(cfg)):
             right += grade(text, mine[i].answer)
-    share = mean_across_ranks({"right": right}, model.device)["right"] * world() / len(examples)
-    record(out, "eval", step, {name: share})
-    print0(f"{name}: {share:.3f} on {len(examples)} held-out problems")
+    share = mean_across_ranks({name: right * world() / len(examples)}, model.device)
+    record(out, "eval", step, share)
+    print0(f"{name}: {share[name]:.3f} on {len(examples)} held-out problems")
 
 def record(out, stage, step, metrics):
     """A line in metrics.jsonl, and in wandb where --wandb has started a run."""
@@ -1384,8 +1322,7 @@ def record(out, stage, step, metrics):
             sys.modules["wandb"].log(metrics)
 
 def adamw(model, lr):
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=0.1)
+    return torch.optim.AdamW(trained(model), lr=lr, betas=(0.9, 0.99), weight_decay=0.1)
 
 def schedule(update, updates, warmup):
     """Share of the learning rate at an update: linear warm-up, then linear to zero."""
@@ -1394,10 +1331,9 @@ def schedule(update, updates, warmup):
 def optimizer_step(model, optimizer, lr, max_grad_norm):
     """An update by the gradients at hand -> their norm. If that is not finite, nothing changes."""
     if world() > 1 and not isinstance(model, FSDPModule):  # FSDP has averaged already
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= world()
+        for parameter in trained(model):
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     optimizer.param_groups[0]["lr"] = lr
@@ -1415,29 +1351,24 @@ def due(step, every, last=None):
     return step == last or every > 0 and step % every == 0
 
 def encode_sft(model, tokenizer, rows, cfg):
-    """Rows with columns prompt and completion -> (prompt ids, completion ids padded to sft_length)
-    pairs, less those that are too long."""
-    config, examples = model.config, []
+    """Rows -> (prompt ids, completion ids padded to sft_length), less those that are too long."""
+    examples, end = [], model.config.eos_token_id[0]
     for row in rows:
-        prompt = encode_prompt(tokenizer, row["prompt"])
-        ids = tokenizer(row["completion"], add_special_tokens=False).input_ids
+        prompt, ids = encode_prompt(tokenizer, row["prompt"]), encode(tokenizer, row["completion"])
         if len(prompt) <= cfg.max_prompt_length and len(ids) < cfg.sft_length:
-            padding = [config.pad_token_id] * (cfg.sft_length - len(ids) - 1)
-            examples.append((prompt, ids + [config.eos_token_id[0]] + padding))
-    print0(f"SFT: {len(examples)} examples, {len(rows) - len(examples)} left out as too long")
-    if not examples:
+            padding = [model.config.pad_token_id] * (cfg.sft_length - len(ids) - 1)
+            examples.append((prompt, ids + [end] + padding))
+    if rows and not examples:
         raise UsageError(f"{cfg.sft_data}: all examples exceed --max_prompt_length or --sft_length")
     check_length(model, [prompt for prompt, _ in examples], cfg.sft_length)
     return examples
 
 def train_sft(model, examples, cfg, out):
     """Section 8 as a loop over the pairs of encode_sft."""
-    config, device = model.config, model.device
-    optimizer = adamw(model, cfg.sft_lr)
-    start = resume_step(out, "sft", cfg.sft_steps, model, optimizer)
+    device, steps, optimizer = model.device, cfg.sft_steps, adamw(model, cfg.sft_lr)
+    start = resume_step(out, "sft", steps, model, optimizer)
     model.train()
-    bar = tqdm(range(start, cfg.sft_steps), "SFT", total=cfg.sft_steps, initial=start,
-               disable=rank() > 0, mininterval=1)
+    bar = tqdm(range(start, steps), "SFT", total=steps, initial=start, disable=rank() > 0)
     for step in bar:
         began, metrics = time.time(), defaultdict(float)
         torch.manual_seed(seeded(cfg.seed, "dropout", step, rank()).initial_seed())
@@ -1449,28 +1380,26 @@ def train_sft(model, examples, cfg, out):
         for at in range(0, len(mine), cfg.sft_rows_per_forward):
             part = list(mine[at: at + cfg.sft_rows_per_forward])
             rows = [examples[batch[b]] for b in part]
-            prompts, mask = pad_left([prompt for prompt, _ in rows], config.pad_token_id, device)
-            completions = torch.tensor([completion for _, completion in rows], device=device)
+            prompts, mask = pad_left([row[0] for row in rows], model.config.pad_token_id, device)
+            completions = torch.tensor([row[1] for row in rows], device=device)
             loss, values = sft_loss(model, prompts, completions, prompt_mask=mask, t=t[part],
                                     generator=[seeded(cfg.seed, "sft", step, b) for b in part])
             (loss * len(part) / len(mine)).backward()
             add(metrics, values | {"loss": loss.item()}, len(part) / len(mine))
-        lr = cfg.sft_lr * schedule(step, cfg.sft_steps, cfg.warmup_steps)
+        lr = cfg.sft_lr * schedule(step, steps, cfg.warmup_steps)
         norm = optimizer_step(model, optimizer, lr, max_grad_norm=1.0)
         if not math.isfinite(norm):
             raise UsageError(f"SFT step {step + 1}: the gradient is not finite; lower --sft_lr")
-        metrics = mean_across_ranks(metrics, device)
-        record(out, "sft", step + 1, metrics | {
-            "grad_norm": norm, "lr": lr, "seconds": time.time() - began})
+        metrics = mean_across_ranks(metrics, device) | {"grad_norm": norm, "lr": lr}
+        record(out, "sft", step + 1, metrics | {"seconds": time.time() - began})
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
-        if due(step + 1, cfg.sft_save_every, last=cfg.sft_steps):
+        if due(step + 1, cfg.sft_save_every, last=steps):
             save_checkpoint(out, "sft", step + 1, model, optimizer)
-    model.eval()
 
 def roll_out(policy, tokenizer, batch, generators, cfg):
     """Stage 1 of an RL step -> prompts (N, P), prompt_mask (N, P), Rollout"""
-    config, device = policy.config, policy.device
-    prompts, mask = pad_left([e.prompt for e in batch], config.pad_token_id, device)
+    config = policy.config
+    prompts, mask = pad_left([e.prompt for e in batch], config.pad_token_id, policy.device)
     draw = functools.partial(
         sample_groups, policy, group_size=cfg.group_size, rows_per_call=cfg.rows_per_call,
         temperature=cfg.temperature, stop_early=True, **sampling(cfg))
@@ -1491,29 +1420,24 @@ def total_rewards(tokenizer, completions, correct, cfg, end_ids):
     return cfg.reward_correct * correct + cfg.reward_format * torch.tensor(form)
 
 @torch.no_grad()
-def group_logps(model, prompts, prompt_mask, completions, per_forward, adapter=None):
-    """completion_logps of many prompts, `per_forward` of them at a time, with a LoRA adapter."""
-    if adapter:
-        model.set_adapter(adapter)
-    logps, entropy = [], []
+def group_logps(model, prompts, prompt_mask, completions, per_forward):
+    """completion_logps of many prompts, `per_forward` of them at a time."""
+    scored = []
     for at in range(0, len(prompts), per_forward):
         part = slice(at, at + per_forward)
-        scored = completion_logps(model, prompts[part], completions[part],
-                                  prompt_mask=prompt_mask[part])
-        logps.append(scored[0])
-        entropy.append(scored[1])
-    if adapter:
-        model.set_adapter("default")
+        scored.append(completion_logps(model, prompts[part], completions[part],
+                                       prompt_mask=prompt_mask[part]))
     if isinstance(model, FSDPModule):
         model.reshard()  # FSDP keeps the root for a backward pass that may never come
-    return torch.cat(logps), torch.cat(entropy)
+    return torch.cat([logps for logps, _ in scored]), torch.cat([entropy for _, entropy in scored])
 
-def train_rl(policy, reference, tokenizer, examples, held_out, cfg, out):
+def train_rl(policy, tokenizer, examples, held_out, cfg, out):
     """Sections 5 to 7 as a loop: roll out, then mu updates on the augmented groups."""
     device, end_ids = policy.device, policy.config.eos_token_id
     steps = cfg.max_steps or max(cfg.epochs * len(examples) // cfg.prompts_per_step, 1)
     print0(f"RL: {steps} steps of {cfg.prompts_per_step} prompts")
     per_forward = min(cfg.prompts_per_forward, cfg.prompts_per_step // world())
+    initial = [parameter.detach().clone() for parameter in trained(policy)] if cfg.beta else []
     optimizer = adamw(policy, cfg.lr)
     for step in range(resume_step(out, "rl", steps, policy, optimizer), steps):
         # 1. Roll out: G responses a prompt, and inpainted ones where all of them are wrong.
@@ -1521,17 +1445,16 @@ def train_rl(policy, reference, tokenizer, examples, held_out, cfg, out):
         batch = batch_indices(len(examples), cfg.prompts_per_step, step, cfg.seed)[rank():: world()]
         prompts, mask, roll = roll_out(policy, tokenizer, [examples[i] for i in batch],
                                        [seeded(cfg.seed, "rollout", step, i) for i in batch], cfg)
-        rollout_seconds = time.time() - began
+        rolled_out = time.time()
 
         # 2. Score: advantages, log-probabilities before the first update, and what learns.
         rewards = total_rewards(tokenizer, roll.completions, roll.correct, cfg, end_ids)
         advantages = group_advantages(rewards).to(device)
         inputs = prompts, mask, roll.completions, per_forward
         old_logps, entropy = group_logps(policy, *inputs)
-        ref_logps = old_logps
-        if cfg.beta:  # the initial policy is a model of its own, or another adapter of a LoRA's
-            adapter = None if reference else "reference"
-            ref_logps, _ = group_logps(reference or policy, *inputs, adapter)
+        swap(trained(policy), initial)  # now it is the initial policy, to which the KL is
+        ref_logps = group_logps(policy, *inputs)[0] if cfg.beta else old_logps
+        swap(trained(policy), initial)
         counted = counted_tokens(roll.completions, end_ids)
         learning = counted & entropy_filter(entropy, roll.hinted & counted, cfg.tau)  # (N, G, L)
 
@@ -1554,53 +1477,43 @@ def train_rl(policy, reference, tokenizer, examples, held_out, cfg, out):
             add(metrics, {"grad_norm": norm, "skipped": not math.isfinite(norm)}, 1 / cfg.mu)
 
         # 4. Report.
-        own_rewards = total_rewards(tokenizer, roll.first, roll.first_correct, cfg, end_ids)
-        metrics |= rollout_metrics(roll, own_rewards, entropy, learning, policy.config)
-        metrics |= {"seconds_rollout": rollout_seconds, "seconds": time.time() - began}
-        # FLOP of one row's forward pass: 2 x parameters x tokens.
-        flop = 2 * policy.num_parameters() * (mask.shape[1] + cfg.gen_length)
-        report(out, step + 1, steps, mean_across_ranks(metrics, device) | {"lr": lr}, flop, cfg)
+        rewards = total_rewards(tokenizer, roll.first, roll.first_correct, cfg, end_ids)
+        metrics |= rollout_metrics(roll, rewards, entropy, learning, policy.config)
+        # TFLOP of the roll-out, 2 x parameters x tokens a pass, as if no row had ended early.
+        passes = (len(roll.first) + len(roll.second)) * cfg.group_size * cfg.diffusion_steps
+        tflop = 2e-12 * policy.num_parameters() * passes * (mask.shape[1] + cfg.gen_length)
+        metrics |= {"tflop": tflop, "lr": lr, "seconds_rollout": rolled_out - began,
+                    "seconds_update": time.time() - rolled_out}
+        report(out, step + 1, steps, mean_across_ranks(metrics, device), cfg)
         if due(step, cfg.show_every):
             print0(show_group(tokenizer, roll, learning, end_ids))
         if due(step + 1, cfg.eval_every) and step + 1 < steps:
             evaluate("eval_accuracy", policy, tokenizer, held_out, cfg, out, step + 1)
         if due(step + 1, cfg.save_every, last=steps):
             save_checkpoint(out, "rl", step + 1, policy, optimizer)
-    policy.eval()
 
 def rollout_metrics(roll, rewards, entropy, learning, config):
-    """Of this process's share of a roll-out. rewards (N, G): of the policy's own responses."""
-    own = counted_tokens(roll.first, config.eos_token_id)
-    second = counted_tokens(roll.second, config.eos_token_id)
-    hinted = roll.hinted & counted_tokens(roll.completions, config.eos_token_id)
-    (N, G), mean = rewards.shape, lambda x: x.float().mean().item()
-    return {
-        "reward": mean(rewards), "accuracy": mean(roll.first_correct),
-        "accuracy_after": mean(roll.correct), "all_wrong": mean(~roll.first_correct.any(1)),
-        "all_wrong_after": mean(~roll.correct.any(1)),
-        "replaced": mean(roll.correct & ~roll.first_correct), "second_draws": len(roll.second) / N,
-        "empty_hints": (roll.hints == config.mask_token_id).all(-1).sum().item() / (N * G),
-        "hint_tokens": hinted.sum().item() / (N * G),
-        "hint_tokens_kept": (hinted & learning).sum().item() / (N * G),
-        "entropy": (entropy[:, None] * own).sum().item() / (N * G),
-        "completion_length": own.sum().item() / (N * G),
-        "tokens": (own.sum() + second.sum()).item(),
-    }
+    """Means over this process's prompts. rewards (N, G): of the policy's own responses."""
+    own, second, augmented = (counted_tokens(ids, config.eos_token_id) for ids in (
+        roll.first, roll.second, roll.completions))
+    hinted, empty = roll.hinted & augmented, (roll.hints == config.mask_token_id).all(-1)
+    values = {
+        "reward": rewards, "accuracy": roll.first_correct, "accuracy_after": roll.correct,
+        "all_wrong": ~roll.first_correct.any(1), "all_wrong_after": ~roll.correct.any(1),
+        "hint_tokens": hinted.sum(-1), "hint_tokens_kept": (hinted & learning).sum(-1),
+        "empty_hints": empty.sum() / rewards.numel(), "completion_length": own.sum(-1),
+        "entropy": (entropy[:, None] * own).sum(-1) / own.sum(-1),
+        "tokens": own.sum() + second.sum()}
+    return {name: value.float().mean().item() for name, value in values.items()}
 
-def report(out, step, steps, metrics, flop, cfg):
-    """A line for people and one in metrics.jsonl. metrics: means over all processes. TFLOP/s of a
-    process are reckoned as if no row had ended early and nothing were cached."""
-    update_seconds = metrics["seconds"] - metrics["seconds_rollout"]
-    prompts = cfg.prompts_per_step / world()
-    passes = prompts * (1 + metrics["second_draws"]) * cfg.group_size * cfg.diffusion_steps
+def report(out, step, steps, metrics, cfg):
+    """A line for people and one in metrics.jsonl. metrics: means over all processes."""
     metrics |= {
         "rescued": 1 - metrics["all_wrong_after"] / (metrics["all_wrong"] or 1),
-        "empty_hints": metrics["empty_hints"] / (metrics["second_draws"] or 1),
-        "entropy": metrics["entropy"] / metrics["completion_length"],
         "tokens_per_second": world() * metrics.pop("tokens") / metrics["seconds_rollout"],
-        "tflops_rollout": 1e-12 * flop * passes / metrics["seconds_rollout"],
-        "tflops_update": 1e-12 * flop * 3 * prompts * cfg.mu / update_seconds,
-        "seconds_update": update_seconds, "cache": cfg.cache, "threshold": cfg.threshold}
+        "tflops_rollout": metrics.pop("tflop") / metrics["seconds_rollout"],
+        "seconds": metrics["seconds_rollout"] + metrics["seconds_update"],
+        "cache": cfg.cache, "threshold": cfg.threshold}
     print0("RL {}/{}  accuracy {accuracy:.2f} -> {accuracy_after:.2f}  all wrong {all_wrong:.2f} "
            "-> {all_wrong_after:.2f}  kl {kl:.4f}  length {completion_length:.0f}  {seconds:.1f} s"
            .format(step, steps, **metrics))
@@ -1614,113 +1527,99 @@ def show_group(tokenizer, roll, learning, end_ids):
     if not rescued:
         return "  (no response was inpainted around a hint in this step)"
     n, g = rescued[0]
-
-    def words(completion):
-        written = completion[counted_tokens(completion, end_ids)]
-        return [tokenizer.decode(token).replace("\n", "\\n") for token in written]
-
-    hint, learns, inpainted = [], [], words(roll.completions[n, g])
+    wrong, inpainted = ([tokenizer.decode(token).replace("\n", "\\n")
+                         for token in o[counted_tokens(o, end_ids)]]
+                        for o in (roll.first[n, g], roll.completions[n, g]))
+    hint, learns = [], []
     for word, given, learn in zip(inpainted, roll.hinted[n, g], learning[n, g]):
         hint.append(word if given else "_" * len(word))
         learns.append((" " if not given else "^" if learn else ".") * len(word))
-    lines = {"wrong": words(roll.first[n, g]), "hint": hint, "inpainted": inpainted,
-             "learns": learns}
+    lines = {"wrong": wrong, "hint": hint, "inpainted": inpainted, "learns": learns}
     return "\n".join(f"  {name:10} {' '.join(line)}" for name, line in lines.items()) + (
         "   (of the hint ^ learns and . does not; all else learns)")
 
 def run_folder(cfg):
     """The folder of a new run, or with --resume that of one with the same settings; unchanged."""
-    name = [cfg.out_dir or f"runs/{cfg.preset}-{datetime.datetime.now():%Y%m%d-%H%M%S}"]
+    name = [cfg.out_dir or f"runs/{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"]
     if dist.is_initialized():
         dist.broadcast_object_list(name)  # the clocks of two processes may differ
     out = Path(name[0])
-    config, metrics = out / "config.json", out / "metrics.jsonl"
-    with file_errors(out):
-        left = set(os.listdir(out)) if out.exists() else set()  # by a start that failed perhaps
-        if not cfg.resume and left - {".lock", "config.json.unfinished"}:
-            raise UsageError(f"{out} is not empty: --resume continues a run there, or give another "
-                             "--out_dir")
     if cfg.resume:
-        with file_errors(config):
-            before = json.loads(config.read_text())
+        with file_errors(out / "config.json"):
+            before = json.loads((out / "config.json").read_text())
             for name, value in dataclasses.asdict(cfg).items():
                 if name not in FREE_TO_CHANGE and before[name] != value:
                     raise UsageError(f"--resume: {out} was started with --{name} {before[name]}")
-        with file_errors(metrics):
-            size = metrics.stat().st_size if metrics.exists() else 0
-            if size < read_state(out)["metrics_bytes"]:
-                raise UsageError(f"{metrics} is shorter than at the last checkpoint")
+        return out
+    with file_errors(out):
+        left = set(os.listdir(out)) if out.exists() else set()
+        if left - {".lock", "config.json.unfinished"}:  # these a failed start may leave
+            raise UsageError(f"{out} is not empty: --resume continues a run there, or give another "
+                             "--out_dir")
     return out
 
 def open_run(cfg, out):
     """All has been loaded: from here on the folder holds a run, and is locked. What metrics.jsonl
     says of steps after the checkpoint is dropped, for they are taken again. -> the lock"""
     barrier()  # every process has looked at the folder
-    lock = locked(out)
+    lock, metrics, (_, _, size) = locked(out), out / "metrics.jsonl", read_state(out)
     if rank() == 0:
+        write_file(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2))
+        with file_errors(metrics):
+            metrics.touch()
+            if metrics.stat().st_size < size:
+                raise UsageError(f"{metrics} is shorter than at the last checkpoint")
+            os.truncate(metrics, size)
         if cfg.wandb:
             with file_errors("--wandb"):
                 import wandb
                 wandb.init(project=cfg.wandb, config=dataclasses.asdict(cfg), name=out.name)
-        write_file(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2))
-        with file_errors(out / "metrics.jsonl"):
-            (out / "metrics.jsonl").touch()
-            os.truncate(out / "metrics.jsonl", read_state(out)["metrics_bytes"])
     barrier()
     return lock
 
-def load_problems(cfg):
-    """-> (training problems, held-out problems)"""
-    if cfg.stage == "sft":
-        return [], []
-    if cfg.train_data == "toy":
-        return toy_problems(4000, cfg.seed), toy_problems(cfg.eval_size, f"held out {cfg.seed}")
-    problems = metamath_problems(cfg.train_data)
-    if len(problems) <= cfg.eval_size:
-        raise UsageError(f"{cfg.train_data} has {len(problems)} problems, no more than --eval_size")
-    return problems[cfg.eval_size:], problems[: cfg.eval_size]
+def load_data(cfg):
+    """-> RL problems, held-out problems and SFT rows, as far as the stage needs them"""
+    problems, held_out, sft_rows = [], [], []
+    if cfg.stage != "sft" and cfg.train_data == "toy":
+        problems = toy_problems(4000, cfg.seed)
+        held_out = toy_problems(cfg.eval_size, f"held out {cfg.seed}")
+    elif cfg.stage != "sft":
+        problems = metamath_problems(cfg.train_data)
+        if len(problems) <= cfg.eval_size:
+            raise UsageError(f"{cfg.train_data} has {len(problems)} problems, no more than "
+                             "--eval_size")
+        problems, held_out = problems[cfg.eval_size:], problems[: cfg.eval_size]
+    if cfg.stage != "rl" and cfg.sft_data == "toy":
+        sft_rows = toy_sft_rows(8000, cfg.seed)
+    elif cfg.stage != "rl" and cfg.sft_data:
+        sft_rows = read_rows(cfg.sft_data, ["prompt", "completion"])
+    return problems, held_out, sft_rows
 
 def train(cfg, device, out):
     """SFT where there are examples for it, then RL."""
-    began, sft, sft_rows = time.time(), out / "sft", []
-    problems, held_out = load_problems(cfg)  # first, for loading a model takes longer
-    if cfg.sft_data and cfg.stage != "rl":
-        toy = cfg.sft_data == "toy"
-        sft_rows = toy_sft_rows(8000, cfg.seed) if toy else read_rows(
-            cfg.sft_data, {"prompt": str, "completion": str})
-
+    began, sft = time.time(), out / "sft"
+    problems, held_out, sft_rows = load_data(cfg)
     # A resumed run; should sft/ be gone in the midst of RL, loading it says so.
-    past_sft = bool(sft_rows) and (sft.is_dir() or read_state(out)["stage"] == "rl")
-    if cfg.lora_rank:
-        model, tokenizer = load_lora(cfg, device, sft / "adapter" if past_sft else None)
-    else:
-        model, tokenizer = load_sharded(sft if past_sft else cfg.model, device, seed=cfg.seed)
-    if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    past_sft = sft_rows and (sft.is_dir() or read_state(out)[0] == "rl")
+    model, tokenizer = load_policy(cfg, device, sft if past_sft else None)
     examples = encode_problems(tokenizer, problems, cfg.max_prompt_length)
     held_out = encode_problems(tokenizer, held_out, cfg.max_prompt_length)
     check_length(model, [e.prompt for e in examples + held_out], cfg.gen_length)
-    sft_examples = encode_sft(model, tokenizer, sft_rows, cfg) if sft_rows and not past_sft else []
+    sft_examples = encode_sft(model, tokenizer, sft_rows, cfg)
 
     with open_run(cfg, out):
-        print0(f"{cfg.model}: {model.num_parameters() / 1e6:.2f}M parameters, "
-               f"run folder {out}\n{len(examples)} RL problems, {len(problems) - len(examples)} "
-               f"too long, {sum(e.trace is None for e in examples)} with no trace to make hints of")
+        print0(f"{cfg.model}: {model.num_parameters() / 1e6:.2f}M parameters, run folder {out}\n"
+               f"{len(sft_examples)} of {len(sft_rows)} SFT examples and {len(examples)} of "
+               f"{len(problems)} RL problems are short enough; "
+               f"{sum(e.trace is None for e in examples)} of these have no trace to make hints of")
         evaluate("accuracy_start", model, tokenizer, held_out, cfg, out)
-        if sft_rows:
-            if sft_examples:
+        if sft_examples:
+            if not past_sft:
                 train_sft(model, sft_examples, cfg, out)
                 save_full(model, tokenizer, sft)
             evaluate("accuracy_sft", model, tokenizer, held_out, cfg, out)
         if examples:
-            reference = None
-            if cfg.lora_rank:
-                freeze_reference(model)
-            elif cfg.beta:
-                dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-                reference, _ = load_sharded(sft if sft_rows else cfg.model, device, dtype=dtype,
-                                            seed=cfg.seed)
-            train_rl(model, reference, tokenizer, examples, held_out, cfg, out)
+            train_rl(model, tokenizer, examples, held_out, cfg, out)
             save_full(model, tokenizer, out / "final")
             evaluate("accuracy_final", model, tokenizer, held_out, cfg, out)
         if rank() == 0:
@@ -1729,8 +1628,8 @@ def train(cfg, device, out):
 
 def summarise(out, seconds):
     """summary.json: the accuracies, means over the RL steps, and what it took."""
-    lines = read_lines(out / "metrics.jsonl")
-    rl, summary = [line for line in lines if line["stage"] == "rl"], {}
+    lines, summary = read_lines(out / "metrics.jsonl"), {}
+    rl = [line for line in lines if line["stage"] == "rl"]
     for line in lines:
         if line["stage"] == "eval":
             summary |= {name: line[name] for name in line if name.startswith("accuracy_")}
