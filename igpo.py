@@ -126,8 +126,7 @@ def model_config(raw):
     elif kind in MODEL_CLASSES and "mask_token_id" in raw:
         config = AutoConfig.for_model(**raw)
     else:
-        raise UsageError(f"model_type {kind!r} is not supported: it takes LLaDA, Dream, or a Llama "
-                         "or Qwen with mask_token_id")
+        raise UsageError(f"model_type {kind!r} is not supported, or has no mask_token_id")
     config.is_causal, config.logit_shift = False, getattr(config, "logit_shift", 0)
     return config
 
@@ -218,10 +217,9 @@ def attention_mask(prompt_mask, gen_length):
         return F.pad(prompt_mask.bool(), (0, gen_length), value=True)
 
 def logits_at(model, canvas, attention, positions, layers=None):
-    """Logits that predict the tokens at consecutive `positions` (K,) of each row: -> (B, K, V).
-
-    canvas (B, T) ids, attention (B, T) or None. The head, large for V = 126,464, runs at these
-    positions alone. layers: a block_cache of these positions."""
+    """Logits that predict the tokens at consecutive `positions` (K,) of each row: -> (B, K, V). The
+    head, large for V = 126,464, runs there alone. canvas (B, T) ids, attention (B, T) or None.
+    layers: a block_cache of these positions."""
     positions = positions - getattr(model.config, "logit_shift", 0)
     start, end = 0, canvas.shape[1]
     if layers is not None and layers.is_initialized:
@@ -412,7 +410,6 @@ def cut_trace(solution, answer, question=""):
 
 LONGEST_ANSWER = 300  # characters; regexes and sympy are slow on length
 GRADE_TIMEOUTS = 0    # answers that ran out of time so far, in this process
-
 HOLLOW = r"\\boxed|\\text|\\[cl]?dots|[\W_]"  # placeholders are made of these
 REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"[−–]", "-"), (r"√", r"\\sqrt "), (r"π", r"\\pi "), (r"[°€£]", ""),
@@ -457,9 +454,7 @@ def grade(completion, reference):
     """Whether the completion commits to an answer that is mathematically equal to the reference, a
     string or a number. Units, words, currency and separators are ignored; 60% may stand for 60 and
     for 0.6; a number base may be left out, but not contradicted."""
-    if isinstance(reference, float) and reference.is_integer():
-        reference = int(reference)
-    answer, reference = committed_answer(completion), str(reference)
+    answer, reference = committed_answer(completion), str(reference).removesuffix(".0")
     if answer is None or max(len(answer), len(reference)) > LONGEST_ANSWER:
         return False
     said, gold = simplified(answer), simplified(reference)
@@ -525,7 +520,7 @@ def ask_judge(answer, reference):
     global judge, GRADE_TIMEOUTS
     if judge is None or judge.poll() is not None:
         judge = subprocess.Popen(
-            [sys.executable, "-c", JUDGE], text=True, stdin=subprocess.PIPE, start_new_session=True,
+            [sys.executable, "-c", JUDGE], text=True, start_new_session=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env=os.environ | {"PYTHONHASHSEED": "0"})  # sympy orders by hash
         if judge.stdout.readline() != "ready\n":
@@ -690,8 +685,7 @@ def policy_loss(logps, old_logps, ref_logps, advantages, token_mask, *, epsilon=
 # 8. The SFT objective.
 
 def sft_loss(model, prompts, completions, *, prompt_mask=None, t=None, generator=None):
-    """Eq. 1: E_t [ 1/t * sum over masked k of -log f(x0_k | x_t) ], here over L, so a mean over
-    tokens. -> (loss, metrics)
+    """Eq. 1: E_t [ 1/t * sum over masked k of -log f(x0_k | x_t) ] / L -> (loss, metrics)
 
     prompts (B, P) are never masked; completions (B, L) are padded with the end token, which is
     trained like any other token: it is how the model learns where to stop. t (B,) in (0, 1]: the

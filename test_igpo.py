@@ -5,6 +5,7 @@ import ast
 import contextlib
 import csv
 import dataclasses
+import dis
 import json
 import math
 import os
@@ -19,9 +20,9 @@ import sys
 import tempfile
 import time
 import traceback
+import types
 import weakref
 import zlib
-from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,10 @@ def tiny_model(seed=0, cls=LlamaForCausalLM, **changes):
 def random_prompts(rows, length, seed=1):
     return torch.randint(0, min(MASK, END), (rows, length), generator=igpo.seeded(seed))
 
+def padded(prompts):
+    """The second prompt without its first token, the third without two: -> (N, P) ids and mask."""
+    return igpo.pad_left([prompt[i % 4:].tolist() for i, prompt in enumerate(prompts)], END)
+
 def write_jsonl(path, *rows):
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("".join(line + "\n" for line in lines))
@@ -67,12 +72,10 @@ def write_jsonl(path, *rows):
 # 1. The model
 
 def llada_folder(folder, **changes):
-    """Write a tiny Llama as LLaDA writes its own, the names spelled out once more by hand."""
+    """Write a tiny Llama as a LLaDA checkpoint, whose names are spelled out once more by hand."""
     model = tiny_model(**changes)
     c, weights = model.config, model.state_dict()
     names = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
-    if c.tie_word_embeddings:
-        del names["ff_out"]
     for i in range(c.num_hidden_layers):
         for theirs, ours in {
                 "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm",
@@ -81,37 +84,37 @@ def llada_folder(folder, **changes):
                 "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj",
                 "ff_out": "mlp.down_proj"}.items():
             names[f"blocks.{i}.{theirs}"] = f"model.layers.{i}.{ours}"
+    if c.tie_word_embeddings:
+        del names["ff_out"]
     tiny_tokenizer().save_pretrained(folder)
     save_file({f"model.transformer.{theirs}.weight": weights[f"{ours}.weight"].clone()
                for theirs, ours in names.items()}, folder / "model.safetensors")
     grouped = c.num_key_value_heads != c.num_attention_heads
     (folder / "config.json").write_text(json.dumps(dict(
-        model_type="llada", architectures=["LLaDAModelLM"], d_model=c.hidden_size,
-        auto_map={"AutoConfig": "configuration_llada.LLaDAConfig"}, n_heads=c.num_attention_heads,
-        n_kv_heads=c.num_key_value_heads if grouped else None, n_layers=c.num_hidden_layers,
+        model_type="llada", auto_map={"AutoConfig": "configuration_llada.LLaDAConfig"},
+        d_model=c.hidden_size, n_layers=c.num_hidden_layers, n_heads=c.num_attention_heads,
+        n_kv_heads=c.num_key_value_heads if grouped else None, max_sequence_length=128,
         mlp_hidden_size=c.intermediate_size, vocab_size=c.vocab_size, embedding_size=c.vocab_size,
-        max_sequence_length=128, rms_norm_eps=c.rms_norm_eps,
-        rope_theta=c.rope_parameters["rope_theta"], weight_tying=c.tie_word_embeddings,
-        mask_token_id=MASK, eos_token_id=END, pad_token_id=END)))
+        rms_norm_eps=c.rms_norm_eps, rope_theta=c.rope_parameters["rope_theta"],
+        weight_tying=c.tie_word_embeddings, mask_token_id=MASK, eos_token_id=END,
+        pad_token_id=END)))
     (folder / "configuration_llada.py").write_text("raise SystemExit('remote code was run')")
     return model
 
-@pytest.mark.parametrize("shape", [{}, {"num_key_value_heads": 2}, {"tie_word_embeddings": True}],
-                         ids=["LLaDA", "grouped", "tied"])
+@pytest.mark.parametrize("shape", [{}, {"num_key_value_heads": 2}, {"tie_word_embeddings": True}])
 def test_a_llada_is_loaded_and_saved_exactly(tmp_path, shape):
-    rope = {"rope_type": "default", "rope_theta": 5e5}
+    rope, ids = {"rope_type": "default", "rope_theta": 5e5}, random_prompts(2, 9)
+    ids[0, 3] = END
     original = llada_folder(tmp_path / "in", rope_parameters=rope, rms_norm_eps=1e-3, **shape)
     words = tmp_path / "in" / "tokenizer.json"
     words.write_text(words.read_text().replace('"a"', '"<|eot_id|>"'))
     model, tokenizer = igpo.load_model(tmp_path / "in")
-    ids = random_prompts(2, 9)
     logits = model(ids).logits
     assert torch.equal(logits, original(ids).logits)
     assert not torch.allclose(logits[:, :4], model(ids[:, :4]).logits)  # not causal
     assert model.config.eos_token_id == [tokenizer.convert_tokens_to_ids("<|eot_id|>"), END]
-    # transformers gives the padding id an embedding without gradient; here it is the end token.
-    model(torch.tensor([[1, END, 3]])).logits.square().mean().backward()
-    assert model.get_input_embeddings().weight.grad[END].any()
+    logits.square().mean().backward()  # transformers gives the padding id no gradient
+    assert model.get_input_embeddings().weight.grad[END].any()  # but here it is the end token
 
     igpo.save_model(model, tokenizer, tmp_path / "out")
     before, after = (load_file(tmp_path / f / "model.safetensors") for f in ("in", "out"))
@@ -119,38 +122,32 @@ def test_a_llada_is_loaded_and_saved_exactly(tmp_path, shape):
     before, after = (json.loads((tmp_path / f / "config.json").read_text()) for f in ("in", "out"))
     assert before | {"torch_dtype": "float32"} == after
     assert (tmp_path / "out" / "configuration_llada.py").exists()  # for LLaDA's own loader
-    assert torch.equal(igpo.load_model(tmp_path / "out")[0](ids).logits, logits)
 
-def test_dream_is_read_one_position_to_the_left(tmp_path):
+def test_dream_is_read_one_to_the_left(tmp_path):
     original, ids = tiny_model(2, Qwen2ForCausalLM), random_prompts(2, 9)
-    igpo.save_model(original, tiny_tokenizer(), tmp_path / "m")
-    path = tmp_path / "m" / "config.json"
-    raw = json.loads(path.read_text()) | {"model_type": "Dream", "architectures": ["DreamModel"]}
+    igpo.save_model(original, tiny_tokenizer(), tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "Dream"}
     del raw["is_causal"]
-    path.write_text(json.dumps(raw))
-    model, tokenizer = igpo.load_model(tmp_path / "m")
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    model, _ = igpo.load_model(tmp_path)
     logits = igpo.logits_at(model, ids, None, torch.arange(4, 7))
     assert torch.allclose(logits, original(ids).logits[:, 3:6], atol=1e-5)
-    igpo.save_model(model, tokenizer, tmp_path / "again")
-    assert json.loads((tmp_path / "again/config.json").read_text())["model_type"] == "Dream"
 
 def test_lora_is_merged_in_float32():
     LoraConfig = pytest.importorskip("peft").LoraConfig
-    model = tiny_model().to(torch.bfloat16)
-    base = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model, name = tiny_model().to(torch.bfloat16), "model.layers.0.mlp.up_proj"
+    base = {key: weight.clone() for key, weight in model.state_dict().items()}
     model.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["up_proj"]))
-    module, name = model.model.layers[0].mlp.up_proj, "model.layers.0.mlp.up_proj.weight"
-    B, A = module.lora_B["default"].weight, module.lora_A["default"].weight
+    B, A = (model.get_submodule(name).get_submodule(f"lora_{x}.default").weight for x in "BA")
     B.data.fill_(1e-3)  # too little for bfloat16
     merged = igpo.merged_weights(model)
-    assert merged.keys() == base.keys() and merged[name].dtype == torch.float32
-    assert torch.allclose(merged[name] - base[name].float(), 2 * (B @ A).float(), atol=1e-5)
-    assert torch.equal(merged["lm_head.weight"], base["lm_head.weight"].float())
+    change = merged[f"{name}.weight"] - base[f"{name}.weight"].float()
+    assert torch.allclose(change, 2 * (B @ A).float(), atol=1e-5) and merged.keys() == base.keys()
 
 def test_counted_tokens_include_the_first_end_token():
     ids = torch.tensor([[1, 2, END, 3, END], [END, 1, 1, 1, 1], [1, 2, 3, 4, 5]])
-    T, N = True, False
-    assert igpo.counted_tokens(ids, END).tolist() == [[T, T, T, N, N], [T, N, N, N, N], [T] * 5]
+    assert igpo.counted_tokens(ids, END).int().tolist() == [
+        [1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]
     assert igpo.counted_tokens(ids, [END, 2]).sum(1).tolist() == [2, 1, 2]
 
 # ------------------------------------------------
@@ -177,162 +174,124 @@ def published_sampler(model, prompt, hints, K, steps, threshold=None):
                     x[i] = best[i]
     return x[P:]
 
-def forward_shapes(model):
-    """A list that grows by the shape of the token ids in each forward pass of the model."""
-    shapes = []
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
-        with_kwargs=True)
-    return shapes
-
-def padded(prompts):
-    """The same prompts, less the first token of the second, the first two of the third, ..."""
-    return igpo.pad_left([prompt[i % 4:].tolist() for i, prompt in enumerate(prompts)], END)
-
 @pytest.mark.parametrize("K, steps, share, threshold", [
-    (12, 5, 0.0, None), (4, 6, 0.5, None), (4, 3, 1.0, None), (4, 3, 0.3, 0.0), (4, 3, 0.3, 0.4),
-    (4, 3, 0.3, 1.0)])
+    (12, 5, 0.0, None), (4, 6, 0.5, None), (4, 3, 0.3, 0.0), (4, 3, 0.3, 0.4), (4, 3, 0.3, 1.0)])
 def test_greedy_sampling_is_the_published_sampler(K, steps, share, threshold):
     model, (prompts, mask) = tiny_model(2), padded(random_prompts(3, 5))
-    assert (~mask).sum(1).tolist() == [0, 1, 2]
     given = torch.rand(3, 12, generator=igpo.seeded(4)) < share
     hints = torch.where(given, random_prompts(3, 12, 5), MASK)
-    shapes, seen = forward_shapes(model), []
+    seen = []
     out = igpo.sample(model, prompts, gen_length=12, block_length=K, steps=steps,
                       hints=hints if share else None, prompt_mask=mask, threshold=threshold,
                       watch=lambda completions: seen.append(completions.clone()))
-    assert len(shapes) == len(seen) <= (steps if threshold in (None, 0) else 12)
+    assert len(seen) <= (12 if threshold else steps) and torch.equal(seen[-1], out)
+    assert (~mask).sum(1).tolist() == [0, 1, 2]
     for prompt, real, hint, row in zip(prompts, mask, hints, out):
         assert torch.equal(row, published_sampler(model, prompt[real], hint, K, steps, threshold))
-    assert torch.equal(out[given], hints[given]) and not (out == MASK).any()
-    assert not seen or torch.equal(seen[-1], out) and (seen[0] == MASK).any()
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_the_draw_has_the_softmax_distribution(temperature):
+def test_the_draw_has_the_softmax_distribution():
     """The mask id is never chosen, even far ahead, yet it counts in the confidence."""
     logits = torch.randn(1, 128, generator=igpo.seeded(0)) * 2
     logits[0, 5], logits[0, -3:] = 30.0, -200.0
+    allowed = logits.clone()
+    allowed[0, 5] = -math.inf
     u = torch.cat([(torch.arange(19999) + 0.5) / 20000, torch.tensor([1 - 1e-6])])
-    tokens, confidence = igpo.choose_tokens(logits.expand(20000, 128), 5, temperature, u)
-    allowed = logits[0].clone()
-    allowed[5] = -math.inf
-    want = (allowed / temperature).softmax(-1) if temperature else F.one_hot(allowed.argmax(), 128)
-    assert torch.allclose(tokens.bincount(minlength=128) / 20000, want.float(), atol=1e-3)
+    tokens, confidence = igpo.choose_tokens(logits.expand(20000, 128), 5, 0.7, u)
+    share = tokens.bincount(minlength=128) / 20000
+    assert torch.allclose(share, (allowed[0] / 0.7).softmax(-1), atol=1e-3)
     assert torch.allclose(confidence, logits[0].log_softmax(-1)[tokens], rtol=1e-4)
+    assert igpo.choose_tokens(logits, 5, 0.0, None)[0] == allowed.argmax()
 
 def test_groups_are_sampled_as_each_prompt_by_itself():
     """A prompt's responses depend on its own generator, and on nothing else in the batch."""
-    model, settings = tiny_model(2), dict(gen_length=8, block_length=4, steps=4, temperature=1.0)
-    prompts, mask = padded(random_prompts(3, 5))
-    hints = torch.full((3, 2, 8), MASK)
-    hints[:, 1, 2] = torch.arange(3)
+    model, (prompts, mask) = tiny_model(2), padded(random_prompts(3, 5))
+    settings = dict(gen_length=8, block_length=4, steps=4, temperature=1.0)
+    hints = random_prompts(3, 16).view(3, 2, 8).where(torch.arange(8) == 2, MASK)
     out = igpo.sample_groups(model, prompts, mask, [igpo.seeded(i) for i in range(3)], hints,
                              group_size=2, rows_per_call=4, **settings)
-    assert len(out[:, 0].unique(dim=0)) == 3 and not torch.equal(out[0, 0], out[0, 1])
     for i in range(3):
-        alone = igpo.sample(model, prompts[[i, i]], prompt_mask=mask[[i, i]], hints=hints[i],
-                            generator=igpo.seeded(i), **settings)
-        assert torch.equal(out[i], alone)
+        assert torch.equal(out[i], igpo.sample(
+            model, prompts[[i, i]], prompt_mask=mask[[i, i]], hints=hints[i],
+            generator=igpo.seeded(i), **settings))
 
-def test_rows_that_have_ended_leave_the_batch_and_keep_their_text():
+def test_rows_that_have_ended_leave_the_batch():
     model, (prompts, mask) = tiny_model(2), padded(random_prompts(32, 5))
     model.lm_head.weight.data[END] *= 2  # so that rows end at different places
-    shapes, outputs = forward_shapes(model), []
-    for stop in False, True:
-        shapes.clear()
-        outputs.append(igpo.sample(
-            model, prompts, prompt_mask=mask, gen_length=24, block_length=4, steps=24,
-            temperature=0.5, generator=igpo.seeded(0), stop_early=stop))
-    full, early = outputs
-    counted = igpo.counted_tokens(full, END)
-    print(counted.sum(1).unique())
-    assert len(counted.sum(1).unique()) > 5 and torch.equal(full[counted], early[counted])
-    assert (early[~counted & (early != full)] == END).all() and not (early == MASK).any()
-    blocks = (counted.sum(1) + 3) // 4  # a row is written up to the block of its end token
-    assert sum(rows for rows, _ in shapes) == 4 * blocks.sum() < 32 * 24
+    full, early = (igpo.sample(model, prompts, prompt_mask=mask, gen_length=24, block_length=4,
+                               steps=24, temperature=0.5, generator=igpo.seeded(0), stop_early=stop)
+                   for stop in (False, True))
+    blocks = (igpo.counted_tokens(full, END).sum(1, keepdim=True) + 3) // 4
+    assert len(blocks.unique()) > 3  # a row is written up to the block of its end token
+    assert torch.equal(early, torch.where(torch.arange(24) < 4 * blocks, full, END))
 
 @pytest.mark.parametrize("cls, shift", [(LlamaForCausalLM, 0), (Qwen2ForCausalLM, 1)])
 def test_the_cache_computes_the_block_alone(cls, shift):
     """With one layer, keys and values depend on their own token alone, so that the cache is exact.
     Where logits are read one position to the left, it computes the token before the block too."""
-    model = tiny_model(2, cls, num_hidden_layers=1, logit_shift=shift)
-    shapes, (prompts, mask) = forward_shapes(model), padded(random_prompts(2, 5))
+    model, shapes = tiny_model(2, cls, num_hidden_layers=1, logit_shift=shift), []
+    model.register_forward_pre_hook(
+        lambda _, args, inputs: shapes.append(inputs["input_ids"].shape), with_kwargs=True)
+    prompts, mask = padded(random_prompts(2, 5))
     settings = dict(gen_length=12, block_length=4, steps=12, prompt_mask=mask)
     exact = igpo.sample(model, prompts, **settings)
     shapes.clear()
     assert torch.equal(igpo.sample(model, prompts, cache="block", **settings), exact)
     assert shapes == [(2, 5 + 12), *[(2, 4 + shift)] * 3] * 3
 
-def test_the_sampler_costs_little_more_than_its_forwards_and_the_cache_far_less():
+def test_the_sampler_costs_what_its_forwards_cost():
     """Bounds far from what is measured (1.1 and 0.5), since others may use the machine."""
     model = tiny_model(hidden_size=128, intermediate_size=344, vocab_size=2048)
-    cfg = evaluation.Config(gen_length=128, diffusion_steps=32, batch_size=2, prompt_length=96,
-                            threshold=1e-9)
+    cfg = evaluation.Config(gen_length=128, diffusion_steps=32, batch_size=2, threshold=1e-9)
     rounds = [evaluation.time_sampler(model, cfg) for _ in range(3)]
-    ratio = {name: min(rows[name]["x bare"] for rows in rounds) for name in rounds[0]}
-    assert ratio["exact"] < 1.6 and ratio["cache"] < 0.8
-    assert [rounds[0][name]["forwards"] for name in ("exact", "bare forwards", "cache")] == [32] * 3
+    assert min(rows["exact"]["x bare"] for rows in rounds) < 1.6
+    assert min(rows["cache"]["x bare"] for rows in rounds) < 0.8
+    assert rounds[0]["exact"]["forwards"] == rounds[0]["bare forwards"]["forwards"] == 32
 
 # ------------------------------------------------
 # 3. Hints
 
 @pytest.mark.parametrize("ratio, chunks", [(0, 0), (0.001, 1), (0.29, 29), (0.999, 99), (1, 100)])
-def test_a_hint_is_floor_eta_N_whole_chunks_at_their_own_positions(ratio, chunks):
-    trace, start = torch.arange(1, 499), igpo.seeded("hint")  # 100 chunks, the last of 3 tokens
-    hint = igpo.make_hint(trace, ratio, gen_length=600, mask_id=0, min_chunk=5, max_chunk=5,
-                          generator=start)
-    given = hint != 0
-    assert hint.shape == (600,) and not given[498:].any()
-    assert torch.equal(hint[given], trace[given[:498]])
-    pieces = given[:498].split(5)
-    assert all(piece.all() or not piece.any() for piece in pieces)
-    assert sum(piece.any().item() for piece in pieces) == chunks  # one at least
-    again = igpo.make_hint(trace, ratio, gen_length=600, mask_id=0, min_chunk=5, max_chunk=5,
-                           generator=igpo.seeded("hint"))
-    assert torch.equal(hint, again)
+def test_a_hint_is_floor_eta_N_chunks_in_their_places(ratio, chunks):
+    trace = torch.arange(1, 499)  # 100 chunks, the last of 3 tokens
+    hint, again = (igpo.make_hint(trace, ratio, gen_length=600, mask_id=0, min_chunk=5, max_chunk=5,
+                                  generator=igpo.seeded(1)) for _ in range(2))
+    given = hint[:498] != 0
+    assert torch.equal(hint, again) and torch.equal(hint, F.pad(trace * given, (0, 102)))
+    assert sum(piece.all().item() for piece in given.split(5)) == chunks  # one at least
+    assert sum(piece.any().item() for piece in given.split(5)) == chunks  # and whole ones
 
 def test_a_hint_leaves_room_for_the_answer():
-    hint = igpo.make_hint(torch.arange(1, 401), 1, gen_length=256, mask_id=0)
-    assert hint.tolist() == [*range(1, 227)] + [0] * 30
-    hint = igpo.make_hint(torch.arange(1, 401), 1, gen_length=9, mask_id=0, room=4)
-    assert hint.tolist() == [1, 2, 3, 4, 5, 0, 0, 0, 0]
-    assert not igpo.make_hint(torch.arange(0), 1, gen_length=9, mask_id=0).any()
+    trace = torch.arange(1, 401)
+    assert igpo.make_hint(trace, 1, gen_length=32, mask_id=0).tolist() == [1, 2] + [0] * 30
+    assert igpo.make_hint(trace, 1, gen_length=4, mask_id=0, room=1).tolist() == [1, 2, 3, 0]
+    assert igpo.make_hint(trace, 1, gen_length=2, mask_id=0).tolist() == [0, 0]
 
-def test_chunks_have_any_place_and_any_length_within_the_bounds():
-    places, lengths = set(), set()
+def test_chunks_have_any_length_within_the_bounds():
+    lengths, places = set(), set()
     for seed in range(300):
         hint = igpo.make_hint(torch.arange(40), 1e-9, gen_length=40, mask_id=99, room=0,
                               generator=igpo.seeded(seed))  # a single chunk
         chunk = hint[hint != 99].tolist()
         places |= set(chunk)
-        if chunk[-1] < 39:  # the last chunk may be shorter
-            lengths.add(len(chunk))
-    assert places == set(range(40)) and lengths == {5, 6, 7, 8, 9, 10}
+        lengths |= {len(chunk)} if chunk[-1] < 39 else set()  # the last may be shorter
+    assert lengths == {5, 6, 7, 8, 9, 10} and places == set(range(40))
 
 @pytest.mark.parametrize("solution, answer, question, trace", [
-    ("Half is 24.\nThen 48+24 = 72 clips.\n#### 72", "72", "", "Half is 24.\nThen 48+24 ="),
     ("6-5=$1.00 and 720 + 270 = $990.00", "990", "", "6-5=$1.00 and 720 + 270 ="),
     ("We get 1,200 + 34 = 1,234.\nThe answer is: 1234", "1234", "", "We get 1,200 + 34 ="),
     (r"So $x = \frac{1}{2}$, hence $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}", "", "So $x ="),
     (r"It is $\frac{a b}{c + 12}$ or 12.", "12", "", "It is"),  # never inside a command
     ("There are 120 of 12, so 12.", "12", "", "There are 120 of"),
     ("max is the a of it", "a", "", "max is the"),
-    ("The sum is -3.\nThe answer is: -3", "-3", "", "The sum is"),
+    ("The sum is -3.\n#### -3", "-3", "", "The sum is"),
     ("Lyn has 5 apples. 5 + 3 - 3 = 5", "5", "Lyn has 5 apples", "Lyn has 5 apples. 5 + 3 - 3 ="),
     ("Lyn has 5 apples. 2 + 3 = 5", "5", "Lyn has 50 apples", "Lyn has"),
-    ("It is seventy-two.\n#### 72", "72", "", None), ("72", "72", "", None), ("any", "", "", None)])
+    ("Seventy-two.\n#### 72", "72", "", None), ("72", "72", "", None), ("any", "", "", None)])
 def test_the_answer_is_cut_off_the_trace(solution, answer, question, trace):
     assert igpo.cut_trace(solution, answer, question) == trace
 
-def test_no_hint_holds_the_answer_unless_the_question_does():
-    rng = random.Random(0)
-    for _ in range(300):
-        a, b = rng.randrange(2, 99), rng.randrange(2, 99)
-        solution = f"First {a} and then {b}. So {a} + {b} = {a + b}.\nThe answer is: {a + b}"
-        trace = igpo.cut_trace(solution, str(a + b), f"{a} and {b}?")
-        assert Decimal(a + b) not in map(Decimal, igpo.NUMBER.findall(trace))
-    for problem in igpo.toy_problems(300, 0):
-        assert problem.answer not in problem.trace
+def test_no_toy_trace_holds_its_answer():
+    assert all(p.answer not in p.trace for p in igpo.toy_problems(300, 0))
 
 # ------------------------------------------------
 # 4. Rewards. The tables hold, a row for each rule: reference ¦ content of the box
@@ -424,29 +383,28 @@ def test_committed_answer(completion, answer):
     assert igpo.committed_answer(completion) == answer
 
 HOSTILE = [
-    r"9^{9^{9^9}}", "((10^9)!)!", "1e999999999", "5\0", r"\frac{1}{0}", "\ud800+x",
-    r"\sum_{n=1}^{10^{12}} \frac{1}{n}", "(a+b+c+d+e+f)^{40}", "(" * 140 + "x" + ")" * 140,
-    "a+" * 500_000, "0.(" + "9" * 280 + ")", "()" * 140 + "=", "9" * 4301, " " * 100_000,
-    r"\boxed{" * 100_000 + "}" * 100_000, "<answer>" * 120_000, r"\boxed" + " " * 1_000_000]
+    r"9^{9^{9^9}}", "(a+b+c+d+e+f)^{40}", "1e999999999", "9" * 4301, "5\0", "\ud800+x", "," * 290,
+    "()" * 140 + "=", "(" * 140 + "x" + ")" * 140, r"\boxed{" * 100_000 + "}" * 100_000,
+    "{" * 1_000_000, "<answer>" * 120_000, r"\boxed" + " " * 1_000_000]
 
 def test_hostile_answers_and_references_cost_little():
-    igpo.grade(r"\boxed{x}", "y")  # the judge's start is not counted
+    assert igpo.grade(r"\boxed{1+x}", "x+1")
+    judge = igpo.judge.pid
     for text in HOSTILE:
-        for completion, reference in (rf"\boxed{{{text}}}", r"\frac{3}{5}"), (r"\boxed{x+1}", text):
-            began = time.process_time()
-            spent = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-            assert not igpo.grade(completion, reference), text[:40]
-            spent = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - spent
-            assert time.process_time() - began + spent < 2, text[:40]
-        assert igpo.committed_answer(text + r"\boxed{7}") is not None
+        began = time.process_time()
+        assert not igpo.grade(rf"\boxed{{{text}}}", r"\frac{3}{5}")
+        assert not igpo.grade(r"\boxed{x+1}", text)
+        assert igpo.committed_answer(text + r"\boxed{7}") == "7"
+        assert time.process_time() - began < 2, text[:40]
+    assert igpo.judge.pid == judge  # it gave up in time by itself
 
-def test_answers_that_are_given_up_are_counted_and_harm_nobody():
+def test_answers_that_are_given_up_are_counted():
     before = igpo.GRADE_TIMEOUTS
     assert not igpo.grade(r"\boxed{9^{9^{9^9}}}", "x+1") and igpo.GRADE_TIMEOUTS == before + 1
-    assert igpo.grade(r"\boxed{1+x}", "x+1") and igpo.GRADE_TIMEOUTS == before + 1
+    assert not igpo.grade(r"\boxed{2+x}", "x+1") and igpo.GRADE_TIMEOUTS == before + 1
     igpo.judge.kill()
     igpo.judge.wait()
-    assert igpo.grade(r"\boxed{1+x}", "x+1")  # a dead judge is replaced
+    assert igpo.grade(r"\boxed{1+x}", "x+1")  # a dead judge is replaced, a stuck one given up
     os.kill(igpo.judge.pid, signal.SIGSTOP)
     began = time.time()
     assert not igpo.grade(r"\boxed{1+x}", "x+1") and time.time() - began < 8
@@ -472,43 +430,45 @@ class Draw:
 
     def __call__(self, prompts, prompt_mask, generators, hints):
         self.calls.append((prompts[:, 0].tolist(), hints))
-        assert len(prompts) == len(prompt_mask) == len(generators)
+        assert [g.initial_seed() for g in generators] == prompts[:, 0].tolist()
         out = torch.full((len(prompts), G, L), 9)
-        out[..., 0] = torch.tensor(self.batches.pop(0))
         if hints is not None:
-            out[..., 1:] = torch.where(hints[..., 1:] == MASK, out[..., 1:], hints[..., 1:])
+            out = torch.where(hints == MASK, out, hints)
+        out[..., 0] = torch.tensor(self.batches.pop(0))
         return out
 
 def roll(draw, N, traces=None, **settings):
+    """Roll out N prompts; prompt n is the token n and has the generator of seed n."""
     prompts = torch.arange(N)[:, None]
     return igpo.rollout(
         draw, lambda completion, answer: completion[0].item() == answer, prompts, prompts >= 0,
-        [1] * N, traces or [torch.arange(10, 10 + L)] * N, [igpo.seeded(n) for n in range(N)],
-        mask_id=MASK, **dict(chunk=(2, 2), eta=(0.4, 0.9), room=0) | settings)
+        [1] * N, traces or [torch.arange(10, 10 + L)] * N,
+        [torch.Generator().manual_seed(n) for n in range(N)],
+        mask_id=MASK, **dict(chunk=(1, 1), eta=(0.4, 0.9), room=0) | settings)
 
-def test_hints_are_drawn_for_the_all_wrong_groups_alone():
+def test_hints_are_for_all_wrong_groups_alone():
     draw = Draw([[0] * G, [1] + [0] * 7, [2] * G, [0] * G], [[0] * 5 + [1] * 3, [0] * G])
     out = roll(draw, 4, [torch.arange(10, 16)] * 3 + [None])  # without a trace there is no hint
-    assert [rows for rows, _ in draw.calls] == [[0, 1, 2, 3], [0, 2]]
+    assert [prompts for prompts, _ in draw.calls] == [[0, 1, 2, 3], [0, 2]]
     assert out.first_correct.sum(1).tolist() == [0, 1, 0, 0]
     assert out.correct.sum(1).tolist() == [3, 1, 0, 0]
     assert torch.equal(out.completions[1:], out.first[1:]) and not out.hinted[1:].any()
     hints = draw.calls[1][1]
-    assert hints.shape == (2, G, L) and len(hints[0].unique(dim=0)) > 1  # each its own eta, chunks
+    assert set((hints != MASK).sum(-1).flatten().tolist()) == {2, 3, 4, 5}  # each its own eta
     for g in range(3):  # the hint mask travels with the response it belongs to
-        hint = hints[0, 5 + g]
-        assert torch.equal(out.hinted[0, g], hint != MASK)
-        assert torch.equal(out.completions[0, g, 1:], torch.where(hint == MASK, 9, hint)[1:])
+        assert torch.equal(out.completions[0, g], out.second[0, 5 + g])
+        assert torch.equal(out.hinted[0, g], hints[0, 5 + g] != MASK)
 
-@pytest.mark.parametrize("right, lam, K", [(0, 0.5, 0), (3, 0.5, 3), (7, 0.5, 4), (8, 0.3, 2)])
-def test_K_is_the_smaller_of_right_ones_and_lambda_G(right, lam, K):
+@pytest.mark.parametrize("right, lam, K", [(3, 0.5, 3), (7, 0.5, 4), (8, 1.0, 8), (8, 0.3, 2)])
+def test_K_responses_are_replaced(right, lam, K):
     out = roll(Draw([[0] * G], [[0] * (G - right) + [1] * right]), 1, lam=lam)
     assert out.correct.sum() == K == (out.completions[0, :, 0] == 1).sum()
     A, rho = igpo.group_advantages(out.correct), K / G  # Theorem 1
     assert A.square().mean().item() == pytest.approx(rho * (1 - rho))
 
-def test_the_ablations():
-    assert not roll(Draw([[0] * G]), 1, algo="grpo").correct.any()
+def test_algorithms():
+    draw = Draw([[0] * G])
+    assert not roll(draw, 1, algo="grpo").correct.any() and len(draw.calls) == 1
     draw = Draw([[0] * G, [0] * G], [[1] * G])  # sample-matched: the groups that igpo would draw
     out = roll(draw, 2, [None, torch.arange(10, 16)], algo="resample")
     assert draw.calls[1][0] == [1] and (draw.calls[1][1] == MASK).all()
@@ -520,67 +480,39 @@ def test_the_ablations():
 # ------------------------------------------------
 # 6. Log-probabilities
 
-def row_by_row_logps(model, prompts, mask, completions):
-    """What the released code does: each of the N * G rows by itself, here without padding."""
-    (N, G, L), logps, entropy = completions.shape, [], []
-    for n in range(N):
-        for g in range(G):
-            canvas = torch.cat([prompts[n][mask[n]], torch.full((L,), MASK)])
-            table = model(canvas[None]).logits[0, -L:].log_softmax(-1)
-            logps.append(torch.stack([table[k, completions[n, g, k]] for k in range(L)]))
-        entropy.append(-(table.exp() * table).sum(-1))
-    return torch.stack(logps).view(N, G, L), torch.stack(entropy)
-
-def test_one_forward_for_the_group_has_the_loss_and_gradient_of_row_by_row():
-    model = tiny_model(1)
-    prompts, mask = igpo.pad_left([[1, 2, 3], [4, 5, 6, 7, 8]], END)
-    completions = torch.randint(0, MASK, (2, 4, 7), generator=igpo.seeded(0))
-    weights, found = torch.randn(2, 4, 7, generator=igpo.seeded(1)), []
-    for logps, entropy in (igpo.completion_logps(model, prompts, completions, prompt_mask=mask),
-                           row_by_row_logps(model, prompts, mask, completions)):
-        model.zero_grad()
-        (logps * weights).sum().backward()
-        found.append((logps, entropy, *[p.grad.clone() for p in model.parameters()]))
-    for a, b in zip(*found):
-        assert torch.allclose(a, b, atol=1e-3 * max(b.abs().max().item(), 0.1))
-    assert not found[0][1].requires_grad  # the entropy selects; nothing is optimised through it
+def test_one_forward_serves_the_group():
+    """The released code runs each of the N * G rows by itself; here also without padding."""
+    model, (prompts, mask) = tiny_model(1), padded(random_prompts(2, 5))
+    completions = torch.randint(0, V, (2, 3, 7), generator=igpo.seeded(0))
+    logps, entropy = igpo.completion_logps(model, prompts, completions, prompt_mask=mask)
+    for n in range(2):
+        for g in range(3):
+            canvas = torch.cat([prompts[n][mask[n]], torch.full((7,), MASK)])
+            table = model(canvas[None]).logits[0, -7:].log_softmax(-1)
+            assert torch.allclose(logps[n, g], table[range(7), completions[n, g]], atol=1e-4)
+            assert torch.allclose(entropy[n], -(table.exp() * table).sum(-1), atol=1e-4)
+    assert logps.requires_grad and not entropy.requires_grad  # the entropy selects, no more
 
 # ------------------------------------------------
 # 7. The IGPO objective
 
-def test_advantages_are_centred_and_not_scaled():
-    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [3.75, 0.75, 0.75, 0.75]])
-    want = torch.tensor([[0.75, -0.25, -0.25, -0.25], [0.5, 0.5, -0.5, -0.5],
-                         [2.25, -0.75, -0.75, -0.75]])
-    assert torch.allclose(igpo.group_advantages(rewards), want)
-    assert torch.equal(igpo.group_advantages(rewards[:2].bool()), want[:2])
-    assert torch.equal(igpo.group_advantages(rewards[:2].int()), want[:2])
+def test_advantages_are_centred_not_scaled():
+    rewards = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]])
+    want = torch.tensor([[0.75, -0.25, -0.25, -0.25], [0.5, 0.5, -0.5, -0.5], [0, 0, 0, 0]])
+    for kind in torch.bool, torch.int64, torch.float32:
+        assert torch.equal(igpo.group_advantages(rewards.to(kind)), want)
 
-def test_entropy_filter_keeps_the_most_uncertain_hint_tokens():
-    entropy = torch.tensor([[0.5, 3.0, 0.1, 2.0, 9.0, 1.0, 0.7, 0.2, 0.3, 0.4]])
-    hints = torch.zeros(1, 3, 10, dtype=torch.bool)  # (N = 1, G = 3, L = 10)
-    hints[0, 0, [0, 1, 2, 3, 5]] = hints[0, 2] = True
-    for keep, some, every in [(1e-5, [1], [4]), (0.2, [1], [1, 4]), (0.4, [1, 3], [1, 3, 4, 5]),
-                              (1.0, [0, 1, 2, 3, 5], list(range(10))), (0.0, [], [])]:
+def test_entropy_filter_keeps_the_most_uncertain():
+    entropy = torch.tensor([[0.5, 3.0, 0.1, 2.0, 9.0, 1.0]])
+    hints = torch.tensor([[[1, 1, 1, 1, 0, 1], [0, 0, 0, 0, 1, 1]]]).bool()  # (N = 1, G = 2, L)
+    for keep, first, second in [
+            (0, [4], [0, 1, 2, 3]), (1e-5, [1, 4], [0, 1, 2, 3, 4]),
+            (0.4, [1, 3, 4], [0, 1, 2, 3, 4]), (0.5, [1, 3, 4, 5], [0, 1, 2, 3, 4]),
+            (1, [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5])]:
         learn = igpo.entropy_filter(entropy, hints, keep)
-        assert learn[~hints].all()  # every generated token learns
-        assert (learn & hints)[0, 0].nonzero().flatten().tolist() == some
-        assert (learn & hints)[0, 2].nonzero().flatten().tolist() == every
+        assert [row.nonzero().flatten().tolist() for row in learn[0]] == [first, second]
+    # 0.3 * 170 is 51, also in floating point
     assert igpo.entropy_filter(torch.rand(170), torch.ones(170).bool(), 0.3).sum() == 51
-
-def naive_policy_loss(logps, old, ref, A, mask, epsilon, beta, per_token):
-    total, (N, G, L) = 0.0, logps.shape
-    for n in range(N):
-        for g in range(G):
-            places = [k for k in range(L) if mask[n, g, k]]
-            ratios = [logps[n, g, k].item() - old[n, g, k].item() for k in places]
-            for k, log_ratio in zip(places, ratios):
-                rho = math.exp(log_ratio if per_token else sum(ratios) / len(ratios))
-                clipped, a = min(max(rho, 1 - epsilon), 1 + epsilon), A[n, g].item()
-                d = ref[n, g, k].item() - logps[n, g, k].item()
-                kl = math.exp(d) - d - 1
-                total += (min(rho * a, clipped * a) - beta * kl) / len(places)
-    return -total / (N * G)
 
 @pytest.mark.parametrize("ratio", ["sequence", "token"])
 def test_policy_loss_is_the_formula(ratio):
@@ -588,122 +520,127 @@ def test_policy_loss_is_the_formula(ratio):
     logps, old, ref = (-torch.rand(2, 4, 6, generator=g) * 4 for _ in range(3))
     A, mask = torch.randn(2, 4, generator=g), torch.rand(2, 4, 6, generator=g) < 0.7
     mask[1, 3] = False  # a response of which nothing learns adds nothing, and no nan
+    want = 0.0
+    for n in range(2):
+        for i in range(4):
+            places = mask[n, i].nonzero().flatten().tolist()
+            for k in places:
+                d = (logps - old)[n, i, [k] if ratio == "token" else places].mean().item()
+                rho, a = math.exp(d), A[n, i].item()
+                clipped = min(max(rho, 0.8), 1.2)
+                d = (ref - logps)[n, i, k].item()
+                kl = math.exp(d) - d - 1
+                want -= (min(rho * a, clipped * a) - 0.3 * kl) / len(places) / 8
     loss, _ = igpo.policy_loss(logps, old, ref, A, mask, epsilon=0.2, beta=0.3, ratio=ratio)
-    want = naive_policy_loss(logps, old, ref, A, mask, 0.2, 0.3, ratio == "token")
     assert loss.item() == pytest.approx(want, rel=1e-5)
 
-def test_policy_gradient_by_hand():
-    """On policy, token k of response i has the gradient -A_i / (G |o_i|); none where masked."""
-    logps = torch.zeros(1, 2, 3, requires_grad=True)
-    mask = torch.tensor([[[True, True, False], [True, False, False]]])
-    A = torch.tensor([[0.5, -0.5]])
-    loss, metrics = igpo.policy_loss(logps, torch.zeros(1, 2, 3), None, A, mask, beta=0.0)
+def test_policy_loss_by_hand():
+    """Clipped is what went too far its own way: a right response (A = 1) now 1.5 times as likely,
+    a wrong one half as likely. Else token k of o_i has the gradient -rho_i A_i / (G |o_i|)."""
+    rho, A = torch.tensor([1.5, 1.5, 0.5, 0.5]), torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+    logps, zeros = rho.log().expand(1, 2, 4).mT.clone().requires_grad_(), torch.zeros(1, 4, 2)
+    mask = torch.tensor([[[1, 1], [1, 1], [1, 0], [1, 1]]])
+    loss, metrics = igpo.policy_loss(logps, zeros, None, A, mask, epsilon=0.2, beta=0)
     loss.backward()
-    assert torch.allclose(logps.grad, torch.tensor([[[-0.125, -0.125, 0], [0.25, 0, 0]]]))
-    assert metrics == {"kl": 0.0, "ratio": 1.0, "clip_fraction": 0.0}
+    assert loss.item() == pytest.approx(-(1.2 - 1.5 + 0.5 - 0.8) / 4)
+    assert torch.allclose(logps.grad, torch.tensor(
+        [[[0, 0], [1.5 / 8, 1.5 / 8], [-0.5 / 4, 0], [0, 0]]]))
+    assert metrics == pytest.approx({"kl": 0, "ratio": 1, "clip_fraction": 0.5})
+    # The KL is estimated by k3 = x - 1 - log x for x = pi_ref / pi.
+    _, metrics = igpo.policy_loss(logps, logps, zeros, A, mask)
+    want = (1 / 1.5 - 1 + math.log(1.5) + 1 / 0.5 - 1 + math.log(0.5)) / 2
+    assert metrics["kl"] == pytest.approx(want)
 
-@pytest.mark.parametrize("shift, A, moves", [(0.5, 1.0, False), (0.5, -1.0, True),
-                                             (-0.5, 1.0, True), (-0.5, -1.0, False)])
-def test_the_clip_stops_only_what_went_too_far(shift, A, moves):
-    logps, mask = torch.full((1, 1, 4), shift, requires_grad=True), torch.ones(1, 1, 4).bool()
-    loss, metrics = igpo.policy_loss(logps, torch.zeros(1, 1, 4), None, torch.tensor([[A]]), mask,
-                                     beta=0.0)
-    loss.backward()
-    assert bool(logps.grad.abs().sum() > 0) == moves and metrics["clip_fraction"] == 1 - moves
-
-def test_the_kl_pulls_towards_the_reference():
-    logps, ref = torch.full((1, 1, 2), -1.0, requires_grad=True), torch.tensor([[[-0.5, -2.0]]])
-    mask = torch.ones(1, 1, 2).bool()
-    loss, metrics = igpo.policy_loss(logps, logps.detach(), ref, torch.zeros(1, 1), mask, beta=1.0)
-    assert metrics["kl"] == pytest.approx((math.exp(0.5) - 1.5 + math.exp(-1)) / 2)
-    loss.backward()
-    assert logps.grad[0, 0, 0] < 0 < logps.grad[0, 0, 1]  # descent raises the one, lowers the other
+def test_an_update_makes_right_responses_likelier():
+    """The sign of everything at once: model, log-probabilities, advantages, loss, optimizer."""
+    model, prompts = tiny_model(1), random_prompts(2, 5)
+    completions = torch.randint(0, V, (2, 4, 6), generator=igpo.seeded(0))
+    right = torch.tensor([[True, False, False, False], [False, True, True, False]])
+    optimizer, gaps, old = torch.optim.AdamW(model.parameters()), [], None
+    for _ in range(4):
+        logps, _ = igpo.completion_logps(model, prompts, completions)
+        old = logps.detach() if old is None else old
+        gaps.append((logps[right].mean() - logps[~right].mean()).item())
+        igpo.policy_loss(logps, old, old, igpo.group_advantages(right),
+                         torch.ones_like(completions))[0].backward()
+        igpo.optimizer_step(model, optimizer, 1e-3, 1.0)
+    assert gaps[-1] > gaps[0] + 0.1
 
 # ------------------------------------------------
 # 8. The SFT objective
 
 def test_sft_loss_is_the_formula():
-    model, B, L = tiny_model(1), 3, 8
-    prompts = random_prompts(B, 5)
-    completions = torch.cat([random_prompts(B, L - 3, 2), torch.full((B, 3), END)], 1)
-    t = torch.tensor([0.3, 0.6, 0.9])
-    loss, metrics = igpo.sft_loss(model, prompts, completions, t=t, generator=igpo.seeded(7))
-    masked = torch.rand(B, L, generator=igpo.seeded(7)) < t[:, None]
-    assert masked[:, -3:].any() and not masked.all()  # the padding is trained too
-    total, nll = 0.0, 0.0
-    for b in range(B):
-        canvas = torch.cat([prompts[b], torch.where(masked[b], MASK, completions[b])])
-        logp = model(canvas[None]).logits[0, 5:].log_softmax(-1)
-        for k in range(L):
-            if masked[b, k]:
-                total -= logp[k, completions[b, k]].item() / t[b].item()
-                nll -= logp[k, completions[b, k]].item()
-    assert loss.item() == pytest.approx(total / (B * L), rel=1e-4)
-    assert metrics["nll"] == pytest.approx(nll / masked.sum().item(), rel=1e-4)
-    shares = [igpo.sft_loss(model, prompts, completions, generator=igpo.seeded(s))[1]["masked"]
-              for s in range(60)]
-    assert 0.4 < sum(shares) / 60 < 0.6  # t ~ U(0, 1) where none is given
+    model, (prompts, mask) = tiny_model(1), padded(random_prompts(3, 5))
+    completions = F.pad(random_prompts(3, 5, 2), (0, 3), value=END)  # (3, 8), padding included
+    t, want, nll = torch.tensor([0.3, 0.6, 0.9]), 0.0, 0.0
+    loss, metrics = igpo.sft_loss(model, prompts, completions, prompt_mask=mask, t=t,
+                                  generator=igpo.seeded(7))
+    masked = igpo.uniform_noise((3, 8), igpo.seeded(7), "cpu") < t[:, None]
+    for b in range(3):
+        canvas = torch.cat([prompts[b][mask[b]], torch.where(masked[b], MASK, completions[b])])
+        logp = model(canvas[None]).logits[0, -8:].log_softmax(-1)
+        for k in masked[b].nonzero().flatten().tolist():
+            want -= logp[k, completions[b, k]].item() / t[b].item() / (3 * 8)
+            nll -= logp[k, completions[b, k]].item() / masked.sum().item()
+    assert loss.item() == pytest.approx(want, rel=1e-4)
+    assert metrics["nll"] == pytest.approx(nll, rel=1e-4)
+
+def test_sft_loss_draws_t_uniformly_and_may_mask_nothing():
+    inputs = tiny_model(1), random_prompts(400, 1), random_prompts(400, 9)
+    _, metrics = igpo.sft_loss(*inputs, generator=igpo.seeded(0))
+    assert 0.45 < metrics["masked"] < 0.55
+    loss, metrics = igpo.sft_loss(*inputs, t=torch.full((400,), 1e-9))
+    assert loss.item() == 0 and metrics == {"nll": 0.0, "masked": 0.0}
 
 # ------------------------------------------------
 # Each public function lifts out of igpo.py with the names that it needs, and nothing else.
 
-LIFTS = {"load_model": 98, "sample": 130, "make_hint": 30, "grade": 122, "rollout": 70,
-         "completion_logps": 40, "group_advantages": 30, "entropy_filter": 30, "policy_loss": 30,
-         "sft_loss": 42}
+LIFTS = [  # the lines to copy, at most, and a test that the copy passes too
+    ("load_model", 97, test_dream_is_read_one_to_the_left),
+    ("sample", 100, test_rows_that_have_ended_leave_the_batch),
+    ("make_hint", 30, test_a_hint_leaves_room_for_the_answer),
+    ("grade", 120, test_the_rules_of_the_grader), ("rollout", 70, test_algorithms),
+    ("completion_logps", 40, test_one_forward_serves_the_group),
+    ("group_advantages", 30, test_advantages_are_centred_not_scaled),
+    ("entropy_filter", 30, test_entropy_filter_keeps_the_most_uncertain),
+    ("policy_loss", 30, test_policy_loss_by_hand), ("sft_loss", 40, test_sft_loss_is_the_formula)]
 
-def needed_names(node):
-    """The names that a definition uses and does not bind itself."""
-    names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
-    bound = {n.id for n in names if isinstance(n.ctx, ast.Store)}
-    for n in ast.walk(node):
-        if isinstance(n, ast.Global):
-            bound -= set(n.names)
-    return {n.id for n in names} - (bound if isinstance(node, ast.FunctionDef) else set())
+def names(code, kinds, inside=True):
+    """The names that instructions of these kinds hold, in compiled code and the functions in it."""
+    found = {step.argval for step in dis.get_instructions(code) if step.opname in kinds}
+    inner = [const for const in code.co_consts if inside and isinstance(const, types.CodeType)]
+    return found.union(*(names(const, kinds) for const in inner))
 
 def lifted(name):
-    """-> a namespace with this function and what it needs, and the lines that had to be copied"""
-    defined, imports = {}, []
+    """-> the function, compiled with nothing but what it needs, and the lines copied for that."""
+    defined, reads, wanted, nodes = {}, {}, [name], []
     for node in ast.parse((HERE / "igpo.py").read_text()).body:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            imports.append(node)
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            defined[node.name] = node
-        for n in ast.walk(node) if isinstance(node, ast.Assign) else []:
-            if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store):
-                defined[n.id] = node
-    wanted, nodes = {name}, []
+        code = compile(ast.Module([node], []), "igpo.py", "exec")
+        reads[node] = names(code, ("LOAD_NAME", "LOAD_GLOBAL"))  # no local variables
+        fills_a_table = reads[node] if isinstance(node, ast.For) else set()
+        for bound in names(code, ("STORE_NAME",), inside=False) | fills_a_table:
+            defined.setdefault(bound, []).append(node)
     while wanted:
-        node = defined.get(wanted.pop())
-        if node and node not in nodes:
-            nodes.append(node)
-            wanted |= needed_names(node)
+        for node in defined.get(wanted.pop(), []):
+            if node not in nodes:
+                nodes.append(node)
+                wanted += reads[node] - {"block_cache"}  # the exact sampler does without
     nodes.sort(key=lambda node: node.lineno)
-    namespace = {"__name__": "lifted"}
-    exec(compile(ast.Module(imports + nodes, []), "lifted", "exec"), namespace)
-    decorators = sum(len(getattr(node, "decorator_list", [])) for node in nodes)
-    return namespace, decorators + sum(n.end_lineno - n.lineno + 1 for n in nodes)
+    namespace, lines = {"__name__": "lifted"}, 0
+    exec(compile(ast.Module(nodes, []), "lifted", "exec"), namespace)
+    for node in nodes:
+        if not isinstance(node, (ast.Import, ast.ImportFrom)):
+            decorators = getattr(node, "decorator_list", [])
+            lines += node.end_lineno + 1 - min(n.lineno for n in [node, *decorators])
+    return namespace[name], lines
 
-@pytest.mark.parametrize("name, most", LIFTS.items())
-def test_each_public_function_lifts_out(name, most, tmp_path):
-    model, ids, tail = tiny_model(2), random_prompts(1, 3), random_prompts(2, 4)
-    part, one = torch.zeros(1, 2, 4), torch.ones(1, 2)
-    llada_folder(tmp_path / "m")
-    calls = {
-        "load_model": lambda f: f(tmp_path / "m")[0].config.mask_token_id,
-        "sample": lambda f: f(model, ids, gen_length=4, block_length=2, steps=4, cache="block"),
-        "make_hint": lambda f: f(ids[0], 1, gen_length=40, mask_id=MASK),
-        "grade": lambda f: f(r"\boxed{x+1}", "1+x"),
-        "rollout": lambda f: f(Draw([[0] * G], [[1] * G]), lambda c, a: c[0] == a, ids, ids > 0,
-                               [1], [torch.arange(9)], [igpo.seeded(0)], mask_id=MASK, room=0),
-        "completion_logps": lambda f: f(model, ids, tail[None]),
-        "group_advantages": lambda f: f(one),
-        "entropy_filter": lambda f: f(part[:, 0], part > 0, 0.2),
-        "policy_loss": lambda f: f(part, part, part, one, part == 0),
-        "sft_loss": lambda f: f(model, ids, tail[:1])}
-    namespace, copied = lifted(name)
-    assert calls[name](namespace[name]) is not None
-    print(f"{name}: {copied} lines copied")
-    assert copied <= most
+@pytest.mark.parametrize("name, most, check", LIFTS)
+def test_each_public_function_lifts_out(name, most, check, monkeypatch, tmp_path):
+    function, lines = lifted(name)
+    print(f"{name}: {lines} lines copied")
+    monkeypatch.setattr(igpo, name, function)
+    check(*[tmp_path] * check.__code__.co_argcount)
+    assert lines <= most
 
 # ------------------------------------------------
 # The recipe (sections 9 to 11): most tests run main() on a LLaDA-format folder with random weights.
@@ -1439,6 +1376,7 @@ def test_memory_of_an_rl_step_on_eight_gpus(monkeypatch, P=200, L=256, N=8, rows
     ({"problem": "1?", "answer": 36.0, "url": None}, "36"),  # AMC
     ({"problem": "1?", "solution": r"\boxed{3} \[\boxed{1.6} \mathrm{~cm}\]"}, "1.6"),  # Minerva
     ({"problem": None, "question": "1?", "answer": 0}, "0"),
+    ({"problem": "1?", "answer": r"It is \boxed{5}."}, "5"),
     ({"problem": "1?", "answer": math.nan, "solution": r"\boxed{7}"}, "7")])
 def test_the_four_file_formats(tmp_path, row, answer):
     path = write_jsonl(tmp_path / "data.jsonl", row)
@@ -1457,11 +1395,11 @@ def test_what_is_in_no_file_comes_from_the_hub(monkeypatch):
 def test_accuracy_and_standard_error_by_hand():
     """avg@4: means 1, 1/4, 1/4; their variance is (1/4 + 1/16 + 1/16) / 2 = 3/16, a third 1/16"""
     samples = [{"task": "amc", "problem": i, "verdict": v == "1", "length": 10 + i,
-                "extracted": None if v == "1" else "", "timed_out": v == "0"}
+                "extracted": None if i else "1", "timed_out": v == "0"}
                for i, verdicts in enumerate(["1111", "1000", "0001"]) for v in verdicts]
     assert evaluation.summarise(samples)["amc"] == {
         "accuracy": 0.5, "standard_error": pytest.approx(0.25), "n": 3, "samples": 12,
-        "no_answer": 0.5, "length": 11, "grade_timeouts": 6}
+        "no_answer": 2 / 3, "length": 11, "grade_timeouts": 6}
     assert evaluation.summarise(samples[:4])["amc"]["standard_error"] is None  # of one problem
 
 def test_prompts_of_like_length_share_a_batch():
@@ -1552,11 +1490,12 @@ def test_a_folder_is_for_one_setting(evaluated):
 def test_rescore_and_ask(evaluated, tmp_path, capsys):
     folder, flags = evaluated
     samples = igpo.read_lines(folder / "whole" / "samples.jsonl")
-    samples[8] |= {"completion": r"\boxed{0.5}", "reference": "1/2", "verdict": False}
+    for i in 8, 9:
+        samples[i] |= {"completion": r"\boxed{0.5}", "reference": "1/2", "verdict": i == 9}
     evaluation.main(["--rescore", write_jsonl(tmp_path / "samples.jsonl", *samples)])
     shown = capsys.readouterr().out
     assert shown.startswith("amc problem 0 sample 1: '0.5' for '1/2' is now True\n")
-    assert shown.endswith("\n1 of 37 verdicts changed\n") and "|    0.033 |" in shown
+    assert shown.endswith("   0 |\n1 of 37 verdicts changed\n") and "|    0.067 |" in shown
     evaluation.main([*flags, "--ask", "ab="])
     shown = capsys.readouterr().out.splitlines()
     assert [line.count("_") for line in shown[:8]] == [7, 6, 5, 4, 3, 2, 1, 0]
@@ -1579,7 +1518,7 @@ def test_compare_by_hand(tmp_path, capsys):
     means = re.findall(r"(\d\.\d+) ± (\d\.\d+)", shown)
     assert means == [("0.300", "0.100"), ("0.600", "0.100")] + [
         (mean, "0.000") for mean in ("1.000", "0.000", "0.250", "2.000", "1.850")]
-    assert re.findall(r"(?:line|step\") (.*)", shown) == [
+    assert '"held-out accuracy: a"' in shown and re.findall(r"(?:line|step\") (.*)", shown) == [
         "[0, 10, 20]", "[0.3, 0.5, 0.6]", "[10, 20]", "[1.0, 0.5]"]
     with pytest.raises(igpo.UsageError, match="different steps"):
         evaluation.main(["--compare", runs[0], run("b", 0.0, points[0], points[2])])
@@ -1589,7 +1528,7 @@ EVAL_WRONG = [  # command, message, rows of FILE
     ("--tasks amc", "no model: give --model"), ("--model m --tasks amc,aime", "no task 'aime'"),
     ("--model m --data math=a.jsonl", "no task 'math'"), ("--limit 0", "--limit is within"),
     ("--model m --gen_length 100", "gen_length 100 .* block_length 32"),
-    ("DATA", "data.jsonl holds no rows"), ("DATA", "row 2: needs a text", GOOD, {"problem": "1?"}),
+    ("DATA", "jsonl holds no rows"), ("DATA", "row 2: needs", GOOD, GOOD | {"problem": " "}),
     ("DATA", "row 1: needs a text problem", {"problem": ["1?"], "answer": "1"}),
     ("DATA", "row 1: needs .* solution with", {"problem": "1?", "solution": "so it is 1"}),
     ("DATA", "row 1: ", 5), ("DATA", "row 1: .*surrogates", GOOD | {"problem": "\ud800"}),
