@@ -133,9 +133,9 @@ def model_config(raw):
 def load_model(name_or_path, *, dtype=None, device="cpu"):
     """Load a masked diffusion LM and its tokenizer; none of the checkpoint's code is run.
 
-    name_or_path: a folder or hub name of LLaDA, LLaDA-1.5, iLLaDA, Dream, or of a bidirectional
-    Llama or Qwen as saved by this file. dtype: default float32. device: "meta" for shapes alone.
-    config.eos_token_id becomes the list of all end tokens, the first of which ends a turn."""
+    name_or_path: a folder or hub name of LLaDA, iLLaDA, Dream, or of a bidirectional Llama or Qwen
+    as saved here. dtype: default float32. device: "meta" for shapes alone. config.eos_token_id
+    becomes the list of all end tokens, the first of which ends a turn."""
     folder, report = Path(name_or_path), {}
     with file_errors(name_or_path):
         if not folder.is_dir():
@@ -1283,7 +1283,8 @@ def sampling(cfg):
 def answer_examples(model, tokenizer, examples, *, batch_size, jobs=None, seed=0, **sampling):
     """Sample completions: yields (example, sample, text, number of tokens) for each job, in order.
     jobs: (example index, sample index) pairs, each with its own random numbers; default: all."""
-    jobs, ends = jobs or [(i, 0) for i in range(len(examples))], model.config.eos_token_id
+    jobs = [(i, 0) for i in range(len(examples))] if jobs is None else jobs
+    ends = model.config.eos_token_id
     for at in range(0, len(jobs), batch_size):
         part = jobs[at: at + batch_size]
         ids, mask = pad_left([examples[i].prompt for i, _ in part], ends[0], model.device)
