@@ -12,6 +12,7 @@ A killed evaluation continues with the same command, sample for sample, on any n
 """
 
 import dataclasses
+import importlib.metadata
 import json
 import re
 import sys
@@ -113,10 +114,14 @@ def check_folder(out, settings):
     with file_errors(f"{out} holds no evaluation; give another --out_dir"):
         begun = any(out.glob("[!.]*"))
         before = json.loads((out / "settings.json").read_text()) if begun else settings
-        differ = [f"{k} was {before.get(k)}" for k in settings if before.get(k) != settings[k]]
+        differ = [f"{name} was {before.get(name)}, now it is {value}"
+                  for name, value in settings.items() if before.get(name) != value]
     if differ:
         raise UsageError(f"{out} has samples made with other settings ({', '.join(differ)}): give "
                          "another --out_dir")
+
+def device_name():
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 def evaluate(model, tokenizer, found, cfg, out):
     """Sample and grade what the folder lacks, then write results.json and print the results."""
@@ -167,7 +172,8 @@ def evaluate(model, tokenizer, found, cfg, out):
             results = summarise(samples)
             igpo.write_file(out / "results.json", json.dumps({
                 "results": results, "settings": settings, "processes": world, **speed,
-                "device": str(model.device), "torch": torch.__version__}, indent=2))
+                "device": device_name(), "versions": {name: importlib.metadata.version(name)
+                for name in ("torch", "transformers", "math-verify")}}, indent=2))
             print_table({task: row | speed for task, row in results.items()})
 
 # ------------------------------------------------
@@ -332,6 +338,9 @@ def main(argv=None):
         ask(model, tokenizer, cfg)
     elif cfg.speed:
         print_table(time_sampler(model, cfg))
+        if device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated() / 2**30
+            print(f"{device_name()}, {memory:.1f} GiB at most")
     else:
         name = re.sub(r"[^\w.-]+", "-", cfg.model).strip("-.")
         evaluate(model, tokenizer, found, cfg, Path(cfg.out_dir or f"runs/eval-{name}"))
