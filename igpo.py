@@ -293,7 +293,8 @@ def sample(model, prompts, *, gen_length, block_length, steps, temperature=0.0, 
         if stop_early:
             ended = torch.isin(x[:, P:], torch.as_tensor(end_ids, device=device)).any(1)
             rows = rows[~ended]
-    return canvas[:, P:].masked_fill(canvas[:, P:] == mask_id, model.config.pad_token_id)
+    rest = model.config.pad_token_id if stop_early else mask_id
+    return canvas[:, P:].masked_fill(canvas[:, P:] == mask_id, rest)
 
 def blocks_of(gen_length, block_length, steps):
     """The number of blocks, each of which gets the same number of denoising steps."""
