@@ -157,7 +157,7 @@ def load_model(name_or_path, *, dtype=None, device="cpu"):
             config.pad_token_id = ends[0]
         for token in (config.mask_token_id, config.pad_token_id, *ends, max(words.values())):
             if token not in range(config.vocab_size):
-                raise UsageError(f"{folder}: token {token} is not one of {config.vocab_size}")
+                raise UsageError(f"{folder}: token {token} is not among the {config.vocab_size}")
         model_class, tied = MODEL_CLASSES[config.model_type], config.tie_word_embeddings
         if str(device) == "meta":
             with torch.device("meta"):
@@ -269,7 +269,7 @@ def sample(model, prompts, *, gen_length, block_length, steps, temperature=0.0, 
         x = canvas[rows]  # (R, P + L)
         seen = None if attention is None else attention[rows]
         masks = (x[:, positions] == mask_id).sum(1, keepdim=True)
-        layers = block_cache(model, positions) if cache else None
+        layers = block_cache(model, positions, cache) if cache else None
         for step in range(S):
             tokens = x[:, positions]  # (R, K)
             row, place = (tokens == mask_id).nonzero(as_tuple=True)  # the M masks of the block
@@ -282,8 +282,7 @@ def sample(model, prompts, *, gen_length, block_length, steps, temperature=0.0, 
                 logits, mask_id, temperature, u)
             # The `quota` most confident positions of a row are filled in; they never change again.
             quota = masks // S + (step < masks % S)
-            rank_in_row = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-            fill = rank_in_row < quota
+            fill = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < quota
             if threshold is not None:
                 fill |= confidence.exp() > threshold
             x[:, positions] = torch.where(fill, tokens, x[:, positions])
@@ -293,8 +292,9 @@ def sample(model, prompts, *, gen_length, block_length, steps, temperature=0.0, 
         if stop_early:
             ended = torch.isin(x[:, P:], torch.as_tensor(end_ids, device=device)).any(1)
             rows = rows[~ended]
-    rest = model.config.pad_token_id if stop_early else mask_id
-    return canvas[:, P:].masked_fill(canvas[:, P:] == mask_id, rest)
+    if stop_early:  # what is still masked is padding
+        canvas = canvas.masked_fill(canvas == mask_id, model.config.pad_token_id)
+    return canvas[:, P:]
 
 def blocks_of(gen_length, block_length, steps):
     """The number of blocks, each of which gets the same number of denoising steps."""
@@ -319,7 +319,7 @@ def choose_tokens(logits, mask_id, temperature, u):
 
 def uniform_noise(shape, generators, device):
     """Uniform numbers in [0, 1). A list of generators shares the first dimension out evenly."""
-    generators = generators if isinstance(generators, list) else [generators]
+    generators = generators if isinstance(generators, (list, tuple)) else [generators]
     part = (shape[0] // len(generators), *shape[1:])
     noise = [torch.rand(part, generator=g, device=g.device if g else "cpu") for g in generators]
     return torch.cat(noise).clamp(max=1 - 1e-6).to(device)  # u times a sum stays below the sum
@@ -342,9 +342,11 @@ class BlockLayer(DynamicLayer):
     def get_mask_sizes(self, query_length):  # the block looks at the whole canvas
         return (self.keys.shape[2] if self.is_initialized else query_length), 0
 
-def block_cache(model, positions):
+def block_cache(model, positions, kind="block"):
     """An empty cache for logits_at, of which the first pass runs over the whole canvas, later ones
     over the block at `positions` (and the token before where logits are read from there)."""
+    if kind != "block":
+        raise ValueError(f"cache is None or 'block', not {kind!r}")
     block = slice(positions[0].item() - getattr(model.config, "logit_shift", 0),
                   positions[-1].item() + 1)
     return Cache(layers=[BlockLayer(block) for _ in range(model.config.num_hidden_layers)])
@@ -1256,14 +1258,15 @@ def parse(config_class, argv=None, presets=None):
 def check(cfg):
     """What can be known to be wrong before anything is loaded."""
     blocks_of(cfg.gen_length, cfg.block_length, cfg.diffusion_steps)
-    if cfg.eta_low > cfg.eta_high or cfg.min_chunk > cfg.max_chunk:
-        raise UsageError("--eta_low is above --eta_high, or --min_chunk above --max_chunk")
+    for low, high in ("eta_low", "eta_high"), ("min_chunk", "max_chunk"):
+        if getattr(cfg, low) > getattr(cfg, high):
+            raise UsageError(f"--{low} {getattr(cfg, low)} is above --{high} {getattr(cfg, high)}")
     for name in "prompts_per_step", "sft_batch":
         if getattr(cfg, name) % world():
             raise UsageError(f"--{name} {getattr(cfg, name)} is no multiple of {world()} processes")
-    for used, package in (cfg.lora_rank, "peft"), (cfg.wandb, "wandb"):
-        if used and importlib.util.find_spec(package) is None:
-            raise UsageError(f"{package} is not installed: pip install {package}")
+    for name, package in ("lora_rank", "peft"), ("wandb", "wandb"):
+        if getattr(cfg, name) and importlib.util.find_spec(package) is None:
+            raise UsageError(f"--{name} needs {package}: pip install {package}")
     if cfg.stage == "sft" and not cfg.sft_data:
         raise UsageError("--stage sft needs --sft_data")
     if not (torch.cuda.is_available() or cfg.model == "toy" or Path(cfg.model).is_dir()):
@@ -1285,10 +1288,10 @@ def answer_examples(model, tokenizer, examples, *, batch_size, jobs=None, seed=0
     """Sample completions: yields (example, sample, text, number of tokens) for each job, in order.
     jobs: (example index, sample index) pairs, each with its own random numbers; default: all."""
     jobs = [(i, 0) for i in range(len(examples))] if jobs is None else jobs
-    ends = model.config.eos_token_id
+    ends, pad_id = model.config.eos_token_id, model.config.pad_token_id
     for at in range(0, len(jobs), batch_size):
         part = jobs[at: at + batch_size]
-        ids, mask = pad_left([examples[i].prompt for i, _ in part], ends[0], model.device)
+        ids, mask = pad_left([examples[i].prompt for i, _ in part], pad_id, model.device)
         completions = sample(model, ids, prompt_mask=mask, stop_early=True,
                              generator=[seeded(seed, "answer", i, s) for i, s in part], **sampling)
         lengths = counted_tokens(completions, ends).sum(1).tolist()
@@ -1364,7 +1367,8 @@ def train_sft(model, examples, cfg, out):
     device, steps, optimizer = model.device, cfg.sft_steps, adamw(model, cfg.sft_lr)
     start = resume_step(out, "sft", steps, model, optimizer)
     model.train()
-    bar = tqdm(range(start, steps), "SFT", total=steps, initial=start, disable=rank() > 0)
+    bar = tqdm(range(start, steps), "SFT", total=steps, initial=start, disable=rank() > 0,
+               mininterval=1)
     for step in bar:
         began, metrics = time.time(), defaultdict(float)
         torch.manual_seed(seeded(cfg.seed, "dropout", step, rank()).initial_seed())
@@ -1540,12 +1544,17 @@ def run_folder(cfg):
     if dist.is_initialized():
         dist.broadcast_object_list(name)  # the clocks of two processes may differ
     out = Path(name[0])
+    metrics = out / "metrics.jsonl"
     if cfg.resume:
         with file_errors(out / "config.json"):
             before = json.loads((out / "config.json").read_text())
             for name, value in dataclasses.asdict(cfg).items():
                 if name not in FREE_TO_CHANGE and before[name] != value:
                     raise UsageError(f"--resume: {out} was started with --{name} {before[name]}")
+        with file_errors(metrics):
+            size = metrics.stat().st_size if metrics.exists() else 0
+            if size < read_state(out)[2]:
+                raise UsageError(f"{metrics} is shorter than at the last checkpoint")
         return out
     with file_errors(out):
         left = set(os.listdir(out)) if out.exists() else set()
@@ -1558,14 +1567,12 @@ def open_run(cfg, out):
     """All has been loaded: from here on the folder holds a run, and is locked. What metrics.jsonl
     says of steps after the checkpoint is dropped, for they are taken again. -> the lock"""
     barrier()  # every process has looked at the folder
-    lock, metrics, (_, _, size) = locked(out), out / "metrics.jsonl", read_state(out)
+    lock, metrics = locked(out), out / "metrics.jsonl"
     if rank() == 0:
         write_file(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2))
         with file_errors(metrics):
             metrics.touch()
-            if metrics.stat().st_size < size:
-                raise UsageError(f"{metrics} is shorter than at the last checkpoint")
-            os.truncate(metrics, size)
+            os.truncate(metrics, read_state(out)[2])
         if cfg.wandb:
             with file_errors("--wandb"):
                 import wandb
@@ -1596,23 +1603,24 @@ def train(cfg, device, out):
     began, sft = time.time(), out / "sft"
     problems, held_out, sft_rows = load_data(cfg)
     # A resumed run; should sft/ be gone in the midst of RL, loading it says so.
-    past_sft = sft_rows and (sft.is_dir() or read_state(out)[0] == "rl")
+    past_sft = bool(sft_rows) and (sft.is_dir() or read_state(out)[0] == "rl")
     model, tokenizer = load_policy(cfg, device, sft if past_sft else None)
     examples = encode_problems(tokenizer, problems, cfg.max_prompt_length)
     held_out = encode_problems(tokenizer, held_out, cfg.max_prompt_length)
     check_length(model, [e.prompt for e in examples + held_out], cfg.gen_length)
-    sft_examples = encode_sft(model, tokenizer, sft_rows, cfg)
+    sft_examples = [] if past_sft else encode_sft(model, tokenizer, sft_rows, cfg)
 
     with open_run(cfg, out):
         print0(f"{cfg.model}: {model.num_parameters() / 1e6:.2f}M parameters, run folder {out}\n"
-               f"{len(sft_examples)} of {len(sft_rows)} SFT examples and {len(examples)} of "
-               f"{len(problems)} RL problems are short enough; "
-               f"{sum(e.trace is None for e in examples)} of these have no trace to make hints of")
+               f"{len(examples)} RL problems, {len(problems) - len(examples)} too long, "
+               f"{sum(e.trace is None for e in examples)} with no trace to make hints of")
         evaluate("accuracy_start", model, tokenizer, held_out, cfg, out)
         if sft_examples:
-            if not past_sft:
-                train_sft(model, sft_examples, cfg, out)
-                save_full(model, tokenizer, sft)
+            left_out = len(sft_rows) - len(sft_examples)
+            print0(f"SFT: {len(sft_examples)} examples, {left_out} too long")
+            train_sft(model, sft_examples, cfg, out)
+            save_full(model, tokenizer, sft)
+        if sft_rows:
             evaluate("accuracy_sft", model, tokenizer, held_out, cfg, out)
         if examples:
             train_rl(model, tokenizer, examples, held_out, cfg, out)
