@@ -38,19 +38,19 @@ class Config:
     limit: int | None = flag(None, "first problems of each task", "1..1e9")
     out_dir: str | None = flag(None, "folder for the results; default: runs/eval-MODEL")
     seed: int = flag(0, "seed of everything random", "0..1e9")
-    gen_length: int = flag(256, "completion length, tokens", "1..1e6")
-    diffusion_steps: int = flag(128, "denoising steps for a completion", "1..1e6")
-    block_length: int = flag(32, "tokens in a semi-autoregressive block", "1..1e6")
-    batch_size: int = flag(16, "samples in a batch", "1..1e6")
-    amc_temperature: float = flag(0.1, "of amc; all else is greedy", "0..100")
-    amc_samples: int = flag(16, "answers to a problem of amc; else one", "1..1e6")
+    gen_length: int = flag(256, "completion length, tokens")
+    diffusion_steps: int = flag(128, "denoising steps for a completion")
+    block_length: int = flag(32, "tokens in a semi-autoregressive block")
+    batch_size: int = flag(16, "samples in a batch")
+    amc_temperature: float = flag(0.1, "of amc; all else is greedy", "0..1e9")
+    amc_samples: int = flag(16, "answers to a problem of amc; else one")
     cache: Literal["none", "block"] = flag("none", "block: faster, approximate (igpo.sample)")
     threshold: float | None = flag(None, "faster, approximate; try 0.9 (igpo.sample)", "0..1")
     rescore: str | None = flag(None, "a samples.jsonl to grade again")
     compare: list[str] | None = flag(None, "folders of finished RL runs, each called NAME-SEED")
     ask: str | None = flag(None, "a question to answer step by step")
     speed: bool = flag(False, "time the sampler on random prompts")
-    prompt_length: int = flag(64, "prompt length of --speed, tokens", "1..1e6")
+    prompt_length: int = flag(64, "prompt length of --speed, tokens")
 
 # ------------------------------------------------
 # 1. Problems.
@@ -123,58 +123,69 @@ def check_folder(out, settings):
 def device_name():
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
+def answer(model, tokenizer, prompts, jobs, seed, **sampling):
+    """Sample one answer for each (problem, sample) of jobs -> their texts and lengths in tokens."""
+    ends, pad_id = model.config.eos_token_id, model.config.pad_token_id
+    ids, mask = igpo.pad_left([prompts[i] for i, _ in jobs], pad_id, model.device)
+    generators = [igpo.seeded(seed, "answer", i, s) for i, s in jobs]
+    completions = igpo.sample(model, ids, prompt_mask=mask, stop_early=True, generator=generators,
+                              **sampling)
+    return [(igpo.decode(tokenizer, completion, ends),
+             igpo.counted_tokens(completion, ends).sum().item()) for completion in completions]
+
 def evaluate(model, tokenizer, found, cfg, out):
     """Sample and grade what the folder lacks, then write results.json and print the results."""
-    rank, world, examples, batches, keys = igpo.rank(), igpo.world(), {}, [], []
+    rank, world, prompts, batches, keys = igpo.rank(), igpo.world(), {}, [], []
     for task, problems in found.items():
-        examples[task] = igpo.encode_problems(tokenizer, problems, sys.maxsize)
-        prompts = [example.prompt for example in examples[task]]
-        igpo.check_length(model, prompts, cfg.gen_length)
+        prompts[task] = igpo.encode_prompts(tokenizer, [p.question for p in problems])
+        igpo.check_length(model, max(map(len, prompts[task])), cfg.gen_length)
         samples = cfg.amc_samples if task == "amc" else 1
-        batches += [(task, jobs) for jobs in batches_of(prompts, samples, cfg.batch_size, cfg.seed)]
+        batches += [(task, jobs) for jobs in
+                    batches_of(prompts[task], samples, cfg.batch_size, cfg.seed)]
         keys += [(task, i, s) for i in range(len(problems)) for s in range(samples)]
     weights = [zlib.crc32(weight.cpu().reshape(-1).view(torch.uint8).numpy())
                for weight in model.state_dict().values()]  # as bytes: numpy has no bfloat16
     settings = dataclasses.asdict(cfg) | {
-        "out_dir": None, "problems": zlib.crc32(repr(examples).encode()),
+        "out_dir": None, "problems": zlib.crc32(repr((prompts, found)).encode()),
         "weights": zlib.crc32(repr(weights).encode())}
     check_folder(out, settings)  # before anything is written
-    with igpo.locked(out):
-        igpo.barrier()  # rank 0 has the lock
+    igpo.barrier()
+    if rank == 0:
+        igpo.lock(out)
+        igpo.write_file(out / "settings.json", json.dumps(settings, indent=2))
+    igpo.barrier()
+    done = read_samples(out)
+    igpo.barrier()  # all have read before one writes
+    path = out / (f"samples.rank_{rank}.jsonl" if rank else "samples.jsonl")
+    igpo.print0(f"{len(done)} of {len(keys)} samples are in {out} already")
+    # A batch that lacks a sample is done again as a whole.
+    left = [(task, jobs) for task, jobs in batches if any((task, *j) not in done for j in jobs)]
+    began, tokens = time.time(), 0
+    for task, jobs in tqdm(left[rank::world], "batches", disable=rank > 0):
+        answers = answer(model, tokenizer, prompts[task], jobs, (cfg.seed, task),
+                         temperature=cfg.amc_temperature if task == "amc" else 0.0,
+                         **igpo.sampling(cfg))
+        for (i, s), (text, length) in zip(jobs, answers):
+            tokens += length
+            if (task, i, s) not in done:
+                igpo.append_line(path, {
+                    "task": task, "problem": i, "sample": s, "completion": text, "length": length,
+                    "prompt": tokenizer.decode(prompts[task][i]),
+                    **graded(text, found[task][i].answer)})
+    speed = {"tokens_per_second": world * tokens / (time.time() - began)}
+    speed = igpo.mean_across_ranks(speed, model.device)  # which waits for all
+    if rank == 0:
         done = read_samples(out)
-        igpo.barrier()  # all have read before one writes
-        path = out / (f"samples.rank_{rank}.jsonl" if rank else "samples.jsonl")
-        if rank == 0:
-            igpo.write_file(out / "settings.json", json.dumps(settings, indent=2))
-            print(f"{len(done)} of {len(keys)} samples are in {out} already")
-        # A batch that lacks a sample is done again as a whole.
-        left = [(task, jobs) for task, jobs in batches if any((task, *j) not in done for j in jobs)]
-        began, tokens = time.time(), 0
-        for task, jobs in tqdm(left[rank::world], "batches", disable=rank > 0):
-            for i, s, text, length in igpo.answer_examples(
-                    model, tokenizer, examples[task], jobs=jobs, batch_size=len(jobs),
-                    temperature=cfg.amc_temperature if task == "amc" else 0.0,
-                    seed=(cfg.seed, task), **igpo.sampling(cfg)):
-                tokens += length
-                if (task, i, s) not in done:
-                    prompt, reference, _ = examples[task][i]
-                    igpo.append_line(path, {
-                        "task": task, "problem": i, "sample": s, "prompt": tokenizer.decode(prompt),
-                        "completion": text, **graded(text, reference), "length": length})
-        speed = {"tokens_per_second": world * tokens / (time.time() - began)}
-        speed = igpo.mean_across_ranks(speed, model.device)  # which waits for all
-        if rank == 0:
-            done = read_samples(out)
-            samples = [done[k] for k in keys]
-            igpo.write_file(path, "".join(json.dumps(sample) + "\n" for sample in samples))
-            for part in out.glob("samples.rank_*.jsonl"):
-                part.unlink()
-            results = summarise(samples)
-            igpo.write_file(out / "results.json", json.dumps({
-                "results": results, "settings": settings, "processes": world, **speed,
-                "device": device_name(), "versions": {name: importlib.metadata.version(name)
-                for name in ("torch", "transformers", "math-verify")}}, indent=2))
-            print_table({task: row | speed for task, row in results.items()})
+        samples = [done[k] for k in keys]
+        igpo.write_file(path, "".join(json.dumps(sample) + "\n" for sample in samples))
+        for part in out.glob("samples.rank_*.jsonl"):
+            part.unlink()
+        results = summarise(samples)
+        igpo.write_file(out / "results.json", json.dumps({
+            "results": results, "settings": settings, "processes": world, **speed,
+            "device": device_name(), "versions": {name: importlib.metadata.version(name)
+            for name in ("torch", "transformers", "math-verify")}}, indent=2))
+        print_table({task: row | speed for task, row in results.items()})
 
 # ------------------------------------------------
 # 3. Results.
@@ -266,8 +277,8 @@ def compare(folders):
 
 def ask(model, tokenizer, cfg):
     """Show the denoising of an answer: a line a step, in a terminal in place."""
-    prompts = torch.tensor([igpo.encode_prompt(tokenizer, cfg.ask)], device=model.device)
-    igpo.check_length(model, prompts, cfg.gen_length)
+    prompts = torch.tensor(igpo.encode_prompts(tokenizer, [cfg.ask]), device=model.device)
+    igpo.check_length(model, prompts.shape[1], cfg.gen_length)
     start = "\033[2J\033[H" if sys.stdout.isatty() else ""  # clears the screen
     mask = tokenizer.decode(model.config.mask_token_id)
 
@@ -290,7 +301,7 @@ def time_sampler(model, cfg):
     (B, P, L), rows, outputs = (cfg.batch_size, cfg.prompt_length, cfg.gen_length), {}, {}
     torch.manual_seed(cfg.seed)
     prompts = torch.randint(model.config.vocab_size, (B, P), device=model.device)
-    igpo.check_length(model, prompts, L)
+    igpo.check_length(model, P, L)
     canvas = torch.nn.functional.pad(prompts, (0, L), value=model.config.mask_token_id)
     block = torch.arange(P, P + cfg.block_length, device=model.device)
     for name in ("exact", "bare forwards", "exact", "cache", "threshold", "cache + threshold"):

@@ -9,24 +9,15 @@ comes out right for some of the wrong responses.
     python igpo.py --preset toy                  the whole recipe on a laptop CPU, in minutes
     torchrun --nproc_per_node=8 igpo.py          LLaDA-8B-Instruct on MetaMathQA
 
-Sections 1 to 8 are the method: model, sampler, hints, rewards, elastic roll-out, log-probabilities,
-RL objective, SFT objective. Then 9 data, 10 processes and files, 11 the recipe. README.md tells
-what differs from the paper and from the released code.
-
 Shapes:   B rows   N prompts   G responses a prompt   P prompt length (left-padded)
           L completion length   V vocabulary. B = N * G rows have the G of a prompt side by side.
-Symbols:  q prompt   o_i response i   r_i its reward   A_i its advantage   y* reference trace
-          eta share of its chunks given as hints   lambda share of a group that may be replaced
-          tau share of hint tokens that learn   mu updates per roll-out   epsilon clip range
-          beta weight of the KL term
+Symbols:  eta share of the reference's chunks given as hints   tau share of hint tokens that learn
+          lambda share of a group that may be replaced   mu updates per roll-out   A advantage
+          rho probability ratio   epsilon its clip range   beta weight of the KL term
 """
 
-import contextlib
 import ctypes
-import dataclasses
 import fcntl
-import functools
-import importlib.util
 import json
 import logging
 import math
@@ -41,9 +32,9 @@ import time
 import warnings
 import zlib
 from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from dataclasses import dataclass, field
-from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -53,13 +44,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.distributed import barrier, get_rank as rank, get_world_size as world
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict)
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import (
     AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
@@ -69,9 +60,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 class UsageError(ValueError):
     """What the user can put right. The command line prints it as one line, with status 2."""
 
-@contextlib.contextmanager
+@contextmanager
 def file_errors(path):
-    """What goes wrong while a file, model or data set is read or written is one line naming it."""
+    """What goes wrong in reading or writing a file, model or data set is one line naming it."""
     try:
         yield
     except UsageError:
@@ -81,36 +72,28 @@ def file_errors(path):
         raise UsageError(f"{path}: {reason[:200]} ({type(error).__name__})") from error
 
 # ------------------------------------------------
-# 1. The model. LLaDA is Llama without the causal mask and Dream is Qwen2 without it, so both load
-#    into transformers' own classes with is_causal=False: no remote code runs, and attention takes
-#    the fast unmasked path.
+# 1. The model. LLaDA is Llama without the causal mask and Dream is Qwen2 without it: both load into
+#    transformers' own classes with is_causal=False, and no remote code runs.
 
 MODEL_CLASSES = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
 
-# LLaDA's parameter names and Llama's, N for a layer's number.
-LLADA_NAMES = {
-    "model.transformer.wte": "model.embed_tokens", "model.transformer.ln_f": "model.norm",
-    "model.transformer.ff_out": "lm_head"} | {
-    f"model.transformer.blocks.N.{theirs}": f"model.layers.N.{ours}" for theirs, ours in {
+# LLaDA's parameter names and Llama's. transformers renames as it loads, and back as it saves.
+LLADA_NAMES = {rf"^model\.transformer\.{theirs}\.": f"{ours}." for theirs, ours in {
+    "wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}.items()} | {
+    rf"^model\.transformer\.blocks\.(\d+)\.{theirs}\.": rf"model.layers.\1.{ours}."
+    for theirs, ours in {
         "attn_norm": "input_layernorm", "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj",
         "v_proj": "self_attn.v_proj", "attn_out": "self_attn.o_proj", "up_proj": "mlp.up_proj",
         "ff_norm": "post_attention_layernorm", "ff_proj": "mlp.gate_proj",
         "ff_out": "mlp.down_proj"}.items()}
 
-def renaming(names):
-    """Such a table as regular expressions and what they are replaced by."""
-    return {"^" + old.replace(".", r"\.").replace("N", r"(\d+)") + r"\.":
-            new.replace("N", r"\1") + "." for old, new in names.items()}
-
 def model_config(raw):
-    """A checkpoint's config.json, a dict -> the transformers config of its bidirectional twin, with
-    mask_token_id, and logit_shift 1 where the output at i - 1 predicts position i (Dream)."""
+    """A checkpoint's config.json -> the config of its bidirectional twin, with mask_token_id, and
+    logit_shift 1 where the output at i - 1 predicts position i (Dream)."""
     kind = raw.get("model_type")
     if kind == "llada":
-        for variant in ("alibi", "attention_layer_norm", "include_bias", "include_qkv_bias",
-                        "input_emb_norm", "scale_logits"):
-            if raw.get(variant):
-                raise UsageError(f"config.json sets {variant}, which is not supported")
+        if raw.get("alibi") or raw.get("input_emb_norm") or raw.get("scale_logits"):
+            raise UsageError("config.json sets alibi, input_emb_norm or scale_logits: unsupported")
         config = LlamaConfig(
             hidden_size=raw["d_model"], intermediate_size=raw["mlp_hidden_size"],
             num_hidden_layers=raw["n_layers"], num_attention_heads=raw["n_heads"],
@@ -119,8 +102,7 @@ def model_config(raw):
             max_position_embeddings=raw["max_sequence_length"], rms_norm_eps=raw["rms_norm_eps"],
             rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"]},
             tie_word_embeddings=raw["weight_tying"], mask_token_id=raw["mask_token_id"],
-            bos_token_id=None, eos_token_id=raw["eos_token_id"],
-            pad_token_id=raw.get("pad_token_id"))
+            eos_token_id=raw["eos_token_id"], pad_token_id=raw.get("pad_token_id"))
     elif kind == "Dream":
         config = Qwen2Config(**raw | {"model_type": "qwen2", "auto_map": None}, logit_shift=1)
     elif kind in MODEL_CLASSES and "mask_token_id" in raw:
@@ -133,9 +115,9 @@ def model_config(raw):
 def load_model(name_or_path, *, dtype=None, device="cpu"):
     """Load a masked diffusion LM and its tokenizer; none of the checkpoint's code is run.
 
-    name_or_path: a folder or hub name of LLaDA, iLLaDA, Dream, or of a bidirectional Llama or Qwen
-    as saved here. dtype: default float32. device: "meta" for shapes alone. config.eos_token_id
-    becomes the list of all end tokens, the first of which ends a turn."""
+    name_or_path: folder or hub name of LLaDA, iLLaDA, Dream, or a bidirectional Llama or Qwen saved
+    here. dtype: default float32. device: "meta" for shapes alone. config.eos_token_id becomes the
+    list of all end tokens, the first of which ends a turn."""
     folder, report = Path(name_or_path), {}
     with file_errors(name_or_path):
         if not folder.is_dir():
@@ -147,7 +129,7 @@ def load_model(name_or_path, *, dtype=None, device="cpu"):
         # AutoTokenizer would stop to ask whether to run the checkpoint's code; these do not.
         fast = (folder / "tokenizer.json").is_file()
         if not fast and not (folder / "vocab.json").is_file():
-            raise UsageError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json")
+            raise UsageError(f"{folder} has no tokenizer.json or vocab.json")
         tokenizer = (PreTrainedTokenizerFast if fast else Qwen2Tokenizer).from_pretrained(folder)
         words, ends = tokenizer.get_vocab(), config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
@@ -164,52 +146,44 @@ def load_model(name_or_path, *, dtype=None, device="cpu"):
                 model = model_class(config)
         else:
             model, report = model_class.from_pretrained(
-                folder, config=config, dtype=dtype or torch.float32, attn_implementation="sdpa",
-                key_mapping=renaming(LLADA_NAMES) if raw["model_type"] == "llada" else None,
-                use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)
+                folder, config=config, dtype=dtype or torch.float32, use_safetensors=True,
+                key_mapping=LLADA_NAMES if raw["model_type"] == "llada" else None,
+                ignore_mismatched_sizes=True, output_loading_info=True)
     for problem, names in report.items():  # missing_keys, unexpected_keys, mismatched_keys, ...
         if names:
             raise UsageError(f"{folder}: weights do not fit config.json, {problem} {min(names)}")
     if tied and model.lm_head.weight is not model.get_input_embeddings().weight:
         raise UsageError(f"{folder}: config.json ties head and embedding, the weights do not")
     model.get_input_embeddings().padding_idx = None  # padding is the end token, which is trained
-    model.source_folder, model.source_config = folder, raw
+    model.source_files = [folder / "config.json", *folder.glob("*.py")]
     return model.to(device).eval(), tokenizer
 
-def save_model(model, tokenizer, folder, weights=None):
-    """Write a folder that load_model reads, and the family's own code too: a LLaDA goes back to
-    LLaDA's parameter names and config.json. weights: where the model itself holds only shards."""
-    folder, raw = Path(folder), getattr(model, "source_config", None)
+def save_model(model, tokenizer, folder):
+    """Write a folder that load_model and the family's own code read: a LLaDA has LLaDA's parameter
+    names and config.json again. Processes that share a model all call this."""
+    weights = get_model_state_dict(model, options=StateDictOptions(
+        full_state_dict=True, cpu_offload=True))
+    if dist.is_initialized() and rank() > 0:
+        return
+    folder, adapted = Path(folder), hasattr(model, "peft_config")
     folder.mkdir(parents=True, exist_ok=True)
-    weights = dict(merged_weights(model) if weights is None else weights)
+    if adapted:
+        adapter = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        save_file(adapter, folder / "adapter.safetensors")  # for RL to go on from
+        for name, module in model.named_modules():
+            if hasattr(module, "get_delta_weight"):  # bfloat16 would round a small update away
+                base = f"{name}.base_layer.weight"
+                weights[base] = weights[base].float() + module.get_delta_weight("default").cpu()
+    weights = {name.replace(".base_layer", ""): weight for name, weight in weights.items()
+               if ".lora_" not in name}
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
-    if raw is None:
-        model.config.save_pretrained(folder)
-    else:
-        dtype = str(weights["model.norm.weight"].dtype).removeprefix("torch.")
-        write_file(folder / "config.json", json.dumps(raw | {"torch_dtype": dtype}, indent=2))
-        for code in model.source_folder.glob("*.py"):  # for those who use the family's loader
-            shutil.copy(code, folder)
-        if raw["model_type"] == "llada":
-            back = renaming({ours: theirs for theirs, ours in LLADA_NAMES.items()})
-            for pattern, theirs in back.items():
-                weights = {re.sub(pattern, theirs, name): w for name, w in weights.items()}
-    save_torch_state_dict(weights, folder, metadata={"format": "pt"})
+    model._hf_peft_config_loaded = False  # save all weights
+    model.save_pretrained(folder, state_dict=weights)
+    model._hf_peft_config_loaded = adapted
     tokenizer.save_pretrained(folder)
-
-def merged_weights(model):
-    """A model's weights; where it has LoRA adapters these are merged into them, in float32, for in
-    bfloat16 a large part of a small update would be rounded away."""
-    state = model.state_dict()
-    if any(".lora_" in name for name in state):
-        state = {name: weight.cpu().float() for name, weight in state.items()}
-    for name, module in model.named_modules():
-        if hasattr(module, "get_delta_weight"):
-            delta, name = module.get_delta_weight("default").cpu(), f"{name}.base_layer.weight"
-            state[name] = state[name] + delta
-    return {name.replace(".base_layer", ""): weight for name, weight in state.items()
-            if ".lora_" not in name}
+    for file in getattr(model, "source_files", []):  # for the family's own loader
+        shutil.copy(file, folder)
 
 def attention_mask(prompt_mask, gen_length):
     """(B, P) prompt mask -> (B, P + gen_length), or None where nothing is padded (the fast path)"""
@@ -217,9 +191,8 @@ def attention_mask(prompt_mask, gen_length):
         return F.pad(prompt_mask.bool(), (0, gen_length), value=True)
 
 def logits_at(model, canvas, attention, positions, layers=None):
-    """Logits that predict the tokens at consecutive `positions` (K,) of each row: -> (B, K, V). The
-    head, large for V = 126,464, runs there alone. canvas (B, T) ids, attention (B, T) or None.
-    layers: a block_cache of these positions."""
+    """Logits that predict the tokens at consecutive `positions` (K,) of each row: -> (B, K, V); the
+    head runs there alone. canvas (B, T) ids, attention (B, T) or None, layers: a block_cache."""
     positions = positions - getattr(model.config, "logit_shift", 0)
     start, end = 0, canvas.shape[1]
     if layers is not None and layers.is_initialized:
@@ -246,14 +219,14 @@ def sample(model, prompts, *, gen_length, block_length, steps, temperature=0.0, 
 
     prompts (B, P), left-padded where prompt_mask (B, P) is 0. hints (B, L): a token id where fixed,
     the mask id elsewhere. steps: in all, spread evenly over the gen_length / block_length blocks.
-    generator: one torch.Generator, or a list of them, each for an equal run of rows. stop_early: a
-    row is left once a finished block of it has an end token. watch: called after each step with
-    the (B, L) completions, masks included. Two approximations are faster: cache="block" computes
-    only the block itself in its later steps (see BlockLayer); threshold, in place of `steps`, fills
-    in a row's most confident position in each step and all more confident than this probability.
+    generator: a torch.Generator, or a list of them, each for an equal run of rows. stop_early: a
+    row ends with the block of its first end token. watch: called after each step with completions.
+    Two approximations are faster: cache="block" computes only the block itself in its later steps;
+    threshold, in place of `steps`, fills in a row's most confident position in each step and all
+    that are more confident than this probability.
 
     At temperature 0 this is token for token LLaDA's published sampler. Above 0 it has the same
-    distribution with one uniform number a position in place of Gumbel noise for every word."""
+    distribution, with one uniform number a position in place of Gumbel noise for every word."""
     blocks = blocks_of(gen_length, block_length, steps)
     (B, P), K, device = prompts.shape, block_length, prompts.device
     mask_id, end_ids = model.config.mask_token_id, model.config.eos_token_id
@@ -297,7 +270,6 @@ def sample(model, prompts, *, gen_length, block_length, steps, temperature=0.0, 
     return canvas[:, P:]
 
 def blocks_of(gen_length, block_length, steps):
-    """The number of blocks, each of which gets the same number of denoising steps."""
     blocks, rest = divmod(gen_length, block_length)
     if rest or steps % blocks:
         raise UsageError(f"gen_length {gen_length} must be a multiple of block_length "
@@ -305,9 +277,8 @@ def blocks_of(gen_length, block_length, steps):
     return blocks
 
 def choose_tokens(logits, mask_id, temperature, u):
-    """(M, V) logits and (M,) uniform numbers -> (M,) tokens and (M,) log-probabilities of them.
-
-    The mask id is never chosen, yet confidence is measured under the full softmax, as in LLaDA."""
+    """(M, V) logits, (M,) uniform numbers -> (M,) tokens and their (M,) log-probabilities. The mask
+    id is never chosen, yet confidence is measured under the full softmax, as in LLaDA."""
     logits = logits.float()
     allowed = logits.index_fill(-1, torch.tensor(mask_id, device=logits.device), -math.inf)
     if temperature > 0:
@@ -318,15 +289,15 @@ def choose_tokens(logits, mask_id, temperature, u):
     return tokens, logits.gather(-1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1)
 
 def uniform_noise(shape, generators, device):
-    """Uniform numbers in [0, 1). A list of generators shares the first dimension out evenly."""
+    """Numbers ~ U[0, 1). A list of generators shares the first dimension out evenly."""
     generators = generators if isinstance(generators, (list, tuple)) else [generators]
     part = (shape[0] // len(generators), *shape[1:])
     noise = [torch.rand(part, generator=g, device=g.device if g else "cpu") for g in generators]
     return torch.cat(noise).clamp(max=1 - 1e-6).to(device)  # u times a sum stays below the sum
 
 class BlockLayer(DynamicLayer):
-    """One layer's keys and values of the whole canvas, of which later passes overwrite a block's:
-    the rest would change little with the block's new tokens (the dual cache of Fast-dLLM)."""
+    """A layer's keys and values of the whole canvas, of which later passes overwrite a block's: the
+    others would change little (the dual cache of Fast-dLLM)."""
 
     def __init__(self, block):
         super().__init__()
@@ -343,8 +314,8 @@ class BlockLayer(DynamicLayer):
         return (self.keys.shape[2] if self.is_initialized else query_length), 0
 
 def block_cache(model, positions, kind="block"):
-    """An empty cache for logits_at, of which the first pass runs over the whole canvas, later ones
-    over the block at `positions` (and the token before where logits are read from there)."""
+    """An empty cache for logits_at: its first pass is over the whole canvas, later ones over the
+    block at `positions` (and the token before, where logits are read from there)."""
     if kind != "block":
         raise ValueError(f"cache is None or 'block', not {kind!r}")
     block = slice(positions[0].item() - getattr(model.config, "logit_shift", 0),
@@ -356,12 +327,11 @@ def block_cache(model, positions, kind="block"):
 
 def make_hint(trace_ids, ratio, *, gen_length, mask_id, min_chunk=5, max_chunk=10, room=30,
               generator=None):
-    """Cut the trace y* into chunks c_1..c_N and put floor(ratio * N) of them, at random, at their
-    own positions of an otherwise fully masked completion: (T,) ids -> (L,) ids.
+    """Cut the trace y* into chunks c_1..c_N, lengths ~ U[min_chunk, max_chunk], and put floor(ratio
+    N) of them, at random, at their own positions of a fully masked completion: (T,) -> (L,) ids.
 
-    Chunk lengths ~ U[min_chunk, max_chunk]. A ratio above 0 gives at least one chunk: without any,
-    the draw would be plain resampling. trace_ids must not contain the final answer (see cut_trace).
-    The last `room` positions stay free for closing the reasoning and writing the answer."""
+    A ratio above 0 gives at least one: without, the draw would be plain resampling. trace_ids must
+    not contain the final answer (see cut_trace). The last `room` positions stay free for it."""
     trace = torch.as_tensor(trace_ids, dtype=torch.long)[: max(gen_length - room, 0)]
     chunks, start = [], 0
     while start < len(trace):
@@ -379,22 +349,19 @@ def make_hint(trace_ids, ratio, *, gen_length, mask_id, min_chunk=5, max_chunk=1
 NUMBER = re.compile(r"(?<![\d.])\d[\d,]*(?:\.\d+)?")
 
 def cut_trace(solution, answer, question=""):
-    """The part of a reference solution before it gives its answer away, None where nothing is left.
-
-    A hint that contains the answer invites copying it. A number counts as the answer wherever it
-    has its value (270.00 is 270), anything else where it stands literally. What the question itself
-    contains is no secret: then the answer is given away at its last place, else at its first."""
+    """The part of a reference solution before it gives its answer away, None where nothing is left:
+    a hint that contains the answer invites copying it. A number is the answer wherever it has its
+    value (270.00 is 270), anything else where it stands literally. What the question contains is no
+    secret: then the answer is given away at its last place, else at its first."""
     body = re.split(r"The answer is|####", solution)[0]
     answer = answer.strip().strip("$").lstrip("-")
-    pattern = re.compile(rf"(?<![\\\w]){re.escape(answer)}(?!\w)")
-    is_number = NUMBER.fullmatch(answer)
+    pattern, value = re.compile(rf"(?<![\\\w]){re.escape(answer)}(?!\w)"), str
+    if NUMBER.fullmatch(answer):
+        pattern, value = NUMBER, lambda text: Fraction(text.replace(",", ""))
 
     def places(text):
-        if not is_number:
-            return [match.start() for match in pattern.finditer(text) if answer]
-        value = Decimal(answer.replace(",", ""))
-        return [match.start() for match in NUMBER.finditer(text)
-                if Decimal(match[0].replace(",", "")) == value]
+        return [match.start() for match in pattern.finditer(text)
+                if answer and value(match[0]) == value(answer)]
 
     found = places(body)
     if not found:
@@ -413,20 +380,18 @@ def cut_trace(solution, answer, question=""):
 
 LONGEST_ANSWER = 300  # characters; regexes and sympy are slow on length
 GRADE_TIMEOUTS = 0    # answers that ran out of time so far, in this process
-HOLLOW = r"\\boxed|\\text|\\[cl]?dots|[\W_]"  # placeholders are made of these
+# 43,500 and 385 000 are numbers, (100,200) and \{100,200\} are not; nor is 2 5 a product.
 REWRITES = [(re.compile(pattern), new) for pattern, new in [
-    (r"[−–]", "-"), (r"√", r"\\sqrt "), (r"π", r"\\pi "), (r"[°€£]", ""),
+    (r"[−–]", "-"), (r"√", r"\\sqrt "), (r"π", r"\\pi "), (r"×", r"\\times "), (r"[°€£]", ""),
     (r"\\(?:text|mbox|math|operatorname)(?:rm|bf|it|sf|tt|normal)?\s*(?=\{)", r"\\text"),
-    (r"\\text\{([^{}]*\d[^{}]*)\}", r"\1"),                    # \text{18 dollars}
-    (r"^\W*(?:text\W*)?\(([A-E])\).*", r"\1"),                 # choice C
+    (r"\\text\{([^{}]*\d[^{}]*)\}", r"\1"), (r"^\W*(?:text\W*)?\(([A-E])\).*", r"\1"),  # choice C
     (r"\\boxed(?:\s*\{\s*\})?|\\displaystyle|\\(?:left|right|[bB]igg?[lr]?)(?![a-z])", ""),
     (r"(?<!\\)\\[][()$%]|[$%]|\s*\\!\s*|\^\s*\{?\s*\\circ\s*\}?|\\degree", ""),
     (r"\{,\}", ","), (r"(?<=.)\\approx.*|\\approx", ""), (r"(?<!\\)\\[,:> ]|~|\\q?quad|\s+", " "),
     (r"_\{(\d+)\}", r"_\1"), (r"(\d) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
     (r"(?<![\\a-zA-Z])(pi|sqrt|sin|cos|tan|cot|log|ln|exp)(?![a-zA-Z])", r"\\\1"),
     (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"), (r"^ ?10\^\{?([-+]?\d+)\}? ?$", r"1e\1"),
-    (r"(?<=\d) ?(?:\\times|\\cdot|\*|×) ?10\^\{?([-+]?\d+)\}?", r"e\1"),
-    # 43,500 and 385 000 are numbers, (100,200) and \{100,200\} are not; nor is 2 5 a product.
+    (r"(?<=\d) ?(?:\\times|\\cdot|\*) ?10\^\{?([-+]?\d+)\}?", r"e\1"),
     (r"(?<![\d.(\[])(?<!\\\{)\d{1,3}(?:[, ]\d{3})+(?!\d)", lambda m: re.sub(r"\D", "", m[0])),
     (r"(?<![_^])(?<!\\frac)(?<!\\frac )(\d)(?: ?\{| )(?=\d)", r"\1,")]]
 # Units and other words: \text{...}, three letters that are no function, short units; with exponent.
@@ -438,25 +403,23 @@ WORDS = re.compile(r"""(?:(?:\\text\{[^{}]*\}
 def committed_answer(completion):
     r"""What the completion stands by: the last well-formed \boxed{...}, else the last <answer>,
     else None. Empty ones and placeholders such as "..." do not count."""
-    places, open_braces = [], []  # where each box begins and ends; one pass, linear on any input
-    for token in re.finditer(r"\\boxed\s*\{|\\.|[{}]", completion, re.S):
-        if token[0] == "}" and open_braces:
-            start = open_braces.pop()
-            if start:
-                places.append((start, token.start()))
-        elif token[0] == "{" or token[0].startswith(r"\boxed"):
-            open_braces.append(None if token[0] == "{" else token.end())
+    places, braces = [], []  # one pass, linear on any input; where a box begins, 0 for other braces
+    for token in re.finditer(r"(\\boxed\s*\{)|\\.|([{}])", completion, re.S):
+        if token[1] or token[2] == "{":
+            braces.append(token.end() if token[1] else 0)
+        elif token[2] and braces:
+            places.append((braces.pop(), token.start()))
+    boxes = sorted((place for place in places if place[0]), reverse=True)
     blocks = [match.span(1) for match in re.finditer(r"<answer>([^<]*)</answer>", completion)]
-    for start, end in sorted(places, reverse=True) + blocks[::-1]:
+    for start, end in boxes + blocks[::-1]:
         answer = completion[start:end].strip()
-        if end - start > LONGEST_ANSWER or re.sub(HOLLOW, "", answer):
+        if end - start > LONGEST_ANSWER or re.sub(r"\\boxed|\\text|\\[cl]?dots|[\W_]", "", answer):
             return answer
     return None
 
 def grade(completion, reference):
-    """Whether the completion commits to an answer that is mathematically equal to the reference, a
-    string or a number. Units, words, currency and separators are ignored; 60% may stand for 60 and
-    for 0.6; a number base may be left out, but not contradicted."""
+    """Whether the completion commits to an answer that equals the reference, a string or number.
+    Units, words and separators are ignored; 60% is 60 or 0.6; a number base may be left out."""
     answer, reference = committed_answer(completion), str(reference).removesuffix(".0")
     if answer is None or max(len(answer), len(reference)) > LONGEST_ANSWER:
         return False
@@ -467,9 +430,14 @@ def grade(completion, reference):
         said = said.removesuffix("_10")
     if "_" not in said:  # 2516 for 2516_8
         gold = re.sub(r"^(\d+)_\d+$", r"\1", gold)
-    if "%" in answer and "%" not in reference and number(said) is not None:
-        return number(gold) in (number(said), number(said) / 100)
-    return equal(said, gold)
+    x, y = number(said), number(gold)
+    if x is not None and y is not None:
+        return y == x or "%" in answer and "%" not in reference and y == x / 100
+    if said == gold:
+        return True
+    if re.fullmatch(r"\w+_\d+", said) or re.fullmatch(r"\w+_\d+|[a-z]{3,}", gold):
+        return False  # another base or word; math-verify would look at digits and letters alone
+    return ask_judge(said, gold)
 
 def simplified(text):
     """Text less what carries no mathematics: layout, currency, units. If only words, the words."""
@@ -481,36 +449,25 @@ def simplified(text):
         return re.sub(r"\\text|\W", "", text).casefold()
     return re.sub(r"(?<![a-zA-Z,]) |(?<!,) (?![a-zA-Z])", "", bare)
 
-def equal(said, gold):
-    x, y = number(said), number(gold)
-    if said == gold or x is not None and y is not None:
-        return said == gold or x == y
-    if re.fullmatch(r"\w+_\d+", said) or re.fullmatch(r"\w+_\d+|[a-z]{3,}", gold):
-        return False  # another base or word; math-verify would look at digits and letters alone
-    return ask_judge(said, gold)
-
 def number(text):
     """The value of a decimal or fraction, else None. 1e999999999 would have as many digits."""
     text = re.sub(r"(?<!\d)\\frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
     plain = re.fullmatch(r"\(?([-+]?(\d+/0*[1-9]\d*|(\d+\.?\d*|\.\d+)(e[-+]?\d{1,3})?))\)?", text)
     return Fraction(plain[1]) if plain else None
 
-# The judge reads [answer, reference] lines and prints 7 (equal), 0 or 1 (not), or less (killed). A
-# line is judged in a fork of its own under kernel limits: nothing else stops big-integer C code.
+# The judge reads [answer, reference] lines and prints 7 (equal), 0 or 1 (not), or less (killed), of
+# a fork under kernel limits for each, because nothing else stops big-integer C code.
 JUDGE = r"""
 import json, os, resource, sys
 from math_verify import LatexExtractionConfig, parse, verify
-
 def same(*pair):
     said, gold = [parse(rf"\boxed{{{text}}}", [LatexExtractionConfig(boxed_match_priority=0)],
                         "no_fallback", "first_match", parsing_timeout=None) for text in pair]
     return verify(gold, said, float_rounding=12, allow_set_relation_comp=True, timeout_seconds=None)
-
 same(r"\sqrt{2}\pi", r"\frac{3}{2}+i"), same("(3,4]", r"1 \le x")  # fills sympy's caches, once
 print("ready", flush=True)
 for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
+    if (child := os.fork()) == 0:
         resource.setrlimit(resource.RLIMIT_CPU, (1, 1))                 # seconds
         resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))  # bytes
         os._exit(7 * same(*json.loads(line)))  # an exception exits with 1
@@ -566,16 +523,15 @@ def rollout(draw, is_correct, prompts, prompt_mask, answers, traces, generators,
     the same groups again, but without hints.
 
     draw(prompts, prompt_mask, generators, hints) -> (n, G, L) completions: see sample_groups.
-    is_correct(completion, answer) -> bool. prompts, prompt_mask (N, P). traces: N tensors of ids,
-    None where there is no usable one. generators: N torch.Generators, a prompt's own randomness."""
+    is_correct(completion, answer) -> bool. prompts, prompt_mask (N, P). traces: N tensors of ids or
+    None. generators: N torch.Generators, one a prompt."""
     first = draw(prompts, prompt_mask, generators, None)
     (N, G, L), second, hints = first.shape, first[:0], first[:0]
     first_correct = torch.tensor([[is_correct(o, a) for o in group]
                                   for group, a in zip(first, answers)])
     completions, correct = first.clone(), first_correct.clone()
     hinted = torch.zeros_like(first, dtype=torch.bool)
-    # The trigger looks at one prompt's group and at correctness alone: if all are wrong, all
-    # advantages are zero but for the form.
+    # The trigger looks at one prompt's group and at correctness, not at the form.
     stuck = [n for n in range(N) if not first_correct[n].any() and traces[n] is not None]
     if stuck and algo != "grpo":
         low, high = eta if algo == "igpo" else (0.0, 0.0)
@@ -608,9 +564,9 @@ def sample_groups(model, prompts, prompt_mask, generators, hints=None, *, group_
     return torch.cat(drawn).unflatten(0, (len(prompts), G))
 
 # ------------------------------------------------
-# 6. Log-probabilities: the mean-field estimate of diffu-GRPO, which reads log f at every position
-#    of one forward pass over [q ; M M ... M]. That input is the same for all G responses of a
-#    prompt, so one row serves the whole group.
+# 6. Log-probabilities: the mean-field estimate of diffu-GRPO reads log f at every position of one
+#    forward pass over [q ; M M ... M]. That is the same for all G responses of a prompt, so one row
+#    serves the whole group.
 
 def completion_logps(model, prompts, completions, *, prompt_mask=None):
     """Log-probability of each completion token, (N, G, L), and the policy's entropy at each
@@ -642,10 +598,9 @@ def group_advantages(rewards):
 def entropy_filter(entropy, hint_positions, keep):
     """Of each row's H hint tokens, which learn: the ceil(keep * H) with the highest entropy.
 
-    entropy (N, L), or of the shape of hint_positions (..., L) bool. Returns a bool mask of that
-    shape, True at these hint tokens and at every position that is no hint. A confident policy that
-    is forced to change at a hint token takes a large and destabilising step; where it is uncertain
-    it can be taught."""
+    entropy (N, L), or of the shape of hint_positions (..., L) bool -> bool mask of that shape, True
+    at these and at every position that is no hint. A confident policy that is forced to change at a
+    hint token takes a large, destabilising step; where it is uncertain it can be taught."""
     if entropy.dim() < hint_positions.dim():
         entropy = entropy.unsqueeze(-2).expand(hint_positions.shape)
     among_hints = entropy.masked_fill(~hint_positions, -math.inf)
@@ -709,45 +664,36 @@ def sft_loss(model, prompts, completions, *, prompt_mask=None, t=None, generator
 # ------------------------------------------------
 # 9. Data.
 
-INSTRUCTION = (
-    "Solve the problem step by step. Write your reasoning and then your final answer, the answer "
-    "in \\boxed{}, in exactly this form:\n<reasoning>\n(your reasoning)\n</reasoning>\n<answer>\n"
-    "\\boxed{(your answer)}\n</answer>\n\nProblem: ")
+FORM = """in exactly this form:
+<reasoning>
+(the steps)
+</reasoning>
+<answer>
+\\boxed{(the final answer)}
+</answer>"""
+INSTRUCTION = f"Solve the problem step by step. Write {FORM}\n\nProblem: "
 
 class Problem(NamedTuple):
     question: str
     answer: str
     trace: str | None  # the reference reasoning up to its answer; None: no hints can be made
 
-class Example(NamedTuple):  # a Problem in token ids
-    prompt: list
-    answer: str
-    trace: torch.Tensor | None
-
 def read_rows(source, columns=(), *, split="train", subset=None):
-    """Rows of a .jsonl file, or of what `datasets` reads: a .json, .csv or .parquet file, a hub
-    name. The named columns of every row must hold text."""
-    path, rows = Path(source), []
+    """Rows of a .json, .jsonl, .csv or .parquet file or a hub data set, as `datasets` reads them.
+    The named columns of every row must hold text."""
+    import datasets  # slow to import, and needed here alone
+    datasets.disable_progress_bars()
+    kind = Path(source).suffix[1:].replace("jsonl", "json")
+    data = dict(path=str(source), name=subset)
+    if kind in ("json", "csv", "parquet"):
+        data = dict(path=kind, data_files={split: str(source)})
     with file_errors(source):
-        if path.suffix == ".jsonl":
-            for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
-                with file_errors(f"{source}, line {number}"):
-                    rows += [json.loads(line)] if line.strip() else []
-        else:
-            import datasets  # slow to import, and needed here alone
-            datasets.disable_progress_bars()
-            data = dict(path=str(source))
-            if path.suffix in (".json", ".csv", ".parquet"):
-                data = dict(path=path.suffix[1:], data_files={split: str(source)})
-            rows = list(datasets.load_dataset(**data, name=subset, split=split))
-    if not rows:
-        raise UsageError(f"{source} holds no rows")
+        rows = list(datasets.load_dataset(**data, split=split))
     for number, row in enumerate(rows, 1):
         for column in columns:
-            with file_errors(f"{source}, row {number}, column {column!r}"):
-                if not isinstance(row.get(column), str):
-                    raise TypeError(f"{row.get(column)!r:.40} is no text")
-                row[column].encode()  # half a surrogate pair is no text either
+            if not isinstance(row.get(column), str):
+                raise UsageError(f"{source}, row {number}: {row.get(column)!r:.40} in column "
+                                 f"{column!r} is no text")
     return rows
 
 def metamath_problems(source):
@@ -759,34 +705,18 @@ def metamath_problems(source):
         if stated and query not in problems:
             trace = cut_trace(row["response"], answer, query)
             problems[query] = Problem(query, answer.strip(), trace)
-    if not problems:
-        raise UsageError(f"{source}: no row of type GSM_AnsAug or MATH_AnsAug states its answer")
     return list(problems.values())
 
-def encode(tokenizer, text):
-    return tokenizer(text, add_special_tokens=False).input_ids
+def encode(tokenizer, texts):
+    return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
 
-def encode_prompt(tokenizer, question):
-    """Token ids of a question; in a chat template the form of the answer is asked for as well."""
-    if tokenizer.chat_template is not None:
-        question = tokenizer.apply_chat_template(
-            [{"role": "user", "content": INSTRUCTION + question}], add_generation_prompt=True,
-            tokenize=False)
-    return encode(tokenizer, question)
-
-def encode_problems(tokenizer, problems, max_prompt_length):
-    """Problems -> Examples, less those whose prompt is too long; a trace behind the opening tag, as
-    it stands in a completion."""
-    examples = []
-    for question, answer, trace in problems:
-        prompt = encode_prompt(tokenizer, question)
-        if trace is not None:
-            trace = torch.tensor(encode(tokenizer, f"<reasoning>\n{trace}"))
-        if len(prompt) <= max_prompt_length:
-            examples.append(Example(prompt, answer, trace))
-    if problems and not examples:
-        raise UsageError(f"all prompts are longer than --max_prompt_length {max_prompt_length}")
-    return examples
+def encode_prompts(tokenizer, questions):
+    """Token ids of questions; in a chat template the form of the answer is asked for as well."""
+    if tokenizer.chat_template is not None and questions:
+        questions = tokenizer.apply_chat_template(
+            [[{"role": "user", "content": INSTRUCTION + question}] for question in questions],
+            add_generation_prompt=True, tokenize=False)
+    return encode(tokenizer, list(questions))
 
 def pad_left(prompts, pad_id, device="cpu"):
     """Lists of ids -> (N, P) ids and (N, P) mask. With padding on the left, every completion starts
@@ -812,64 +742,48 @@ def seeded(*key):
     """A generator of its own for whatever the key names, for instance (seed, step, prompt)."""
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()) << 16)
 
-REWRITE = """Rewrite the solution of the problem so that it is concise, structured and rigorous:
-only the steps that lead to the answer, each stated once, without doubts, detours or repetition.
-Use exactly this form:
-<reasoning>
-(the steps)
-</reasoning>
-<answer>
-\\boxed{{(the final answer)}}
-</answer>
-
-Problem:
-{problem}
-
-Solution:
-{solution}"""
+REWRITE = f"""Rewrite the solution of the problem so that it is concise, structured and rigorous:
+only the steps that lead to the answer, each stated once, without doubts, detours or repetition,
+{FORM}"""
 
 def rewrite(cfg, device, out):
-    """The stage before SFT: an instruction model rewrites solutions; those that are short, in form
-    and right go to traces.jsonl, which SFT reads. Each process does its share and notes it in
-    rewritten.RANK.jsonl; after --resume what stands there is not done again."""
+    """The stage before SFT: an instruction model rewrites solutions; those that are in form and
+    right go to traces.jsonl, which SFT reads. Each process notes its share in rewritten.RANK.jsonl;
+    after --resume what stands there is not done again."""
     rows = read_rows(cfg.rewrite_data, ["problem", "answer", "solution"])
-    tokenizer = (toy_model(0) if cfg.model == "toy" else load_model(cfg.model, device="meta"))[1]
     with file_errors(cfg.rewriter):
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        writer = transformers.pipeline("text-generation", cfg.rewriter, device=device, dtype=dtype)
+        writer = transformers.pipeline(
+            "text-generation", cfg.rewriter, device=device,
+            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
         writer.tokenizer.padding_side = "left"
         writer.tokenizer.pad_token = writer.tokenizer.pad_token or writer.tokenizer.eos_token
+    open_run(cfg, out)
 
     def written():
         return {line["row"]: line for part in out.glob("rewritten.*.jsonl")
                 for line in read_lines(part)}
 
-    with open_run(cfg, out):
-        done = written()
-        barrier()  # every process has read before one writes
-        mine = [i for i in range(rank(), len(rows), world()) if i not in done]
-        for at in tqdm(range(0, len(mine), cfg.rewrite_batch), "rewriting", disable=rank() > 0):
-            part = mine[at: at + cfg.rewrite_batch]
-            requests = [REWRITE.format(**rows[i]) for i in part]
-            if writer.tokenizer.chat_template is not None:
-                requests = [[{"role": "user", "content": request}] for request in requests]
-            answers = writer(requests, batch_size=len(part), do_sample=False,
-                             return_full_text=False, max_new_tokens=cfg.sft_length + 64)
-            for i, answer in zip(part, answers):
-                text, verdict = answer[0]["generated_text"].strip(), "kept"
-                if len(tokenizer(text).input_ids) > cfg.sft_length:
-                    verdict = "too long"
-                elif format_score(text) < 0.75:
-                    verdict = "bad form"
-                elif not grade(text, rows[i]["answer"]):
-                    verdict = "wrong answer"
-                append_line(out / f"rewritten.{rank()}.jsonl", {
-                    "row": i, "verdict": verdict, "prompt": rows[i]["problem"], "completion": text})
-        barrier()
-        if rank() == 0:
-            lines = [line for _, line in sorted(written().items()) if line["verdict"] == "kept"]
-            write_file(out / "traces.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-            print(f"{out / 'traces.jsonl'}: {len(lines)} of {len(rows)} rewritten traces")
+    done = written()
+    barrier()  # every process has read before one writes
+    mine = [i for i in range(rank(), len(rows), world()) if i not in done]
+    for at in tqdm(range(0, len(mine), cfg.rows_per_call), "rewriting", disable=rank() > 0):
+        part = mine[at: at + cfg.rows_per_call]
+        requests = ["{}\n\nProblem:\n{problem}\n\nSolution:\n{solution}".format(REWRITE, **rows[i])
+                    for i in part]
+        if writer.tokenizer.chat_template is not None:
+            requests = [[{"role": "user", "content": request}] for request in requests]
+        answers = writer(requests, batch_size=len(part), do_sample=False, return_full_text=False,
+                         max_new_tokens=cfg.sft_length)  # what is longer ends out of form
+        for i, answer in zip(part, answers):
+            text = answer[0]["generated_text"].strip()
+            append_line(out / f"rewritten.{rank()}.jsonl", {
+                "row": i, "prompt": rows[i]["problem"], "completion": text,
+                "kept": format_score(text) == 0.75 and grade(text, rows[i]["answer"])})
+    barrier()
+    if rank() == 0:
+        kept = [json.dumps(line) + "\n" for _, line in sorted(written().items()) if line["kept"]]
+        write_file(out / "traces.jsonl", "".join(kept))
+        print(f"{out / 'traces.jsonl'}: {len(kept)} of {len(rows)} rewritten traces")
 
 # The toy world is a cipher: each letter stands for one digit. A problem is a word, "cafb="; the
 # trace y* spells its digits, ".3.1.4.0", and the answer is these in reverse, "0413", which never
@@ -891,9 +805,9 @@ def toy_digit(letter, rng):
     anything = letter in HARD and rng.random() < 0.5
     return (CODE[letter] + (rng.randrange(1, 10) if anything else 1)) % 10
 
-def toy_texts(word, digits):
-    """-> the question, the trace and the answer that these digits lead to"""
-    return word + "=", "".join(f".{d}" for d in digits), "".join(str(d) for d in reversed(digits))
+def toy_problem(word, digits):
+    trace, answer = "".join(f".{d}" for d in digits), "".join(str(d) for d in reversed(digits))
+    return Problem("".join(word) + "=", answer, trace)
 
 def toy_problems(count, seed):
     """RL problems with right traces: 30% easy words, the others with three medium or hard letters
@@ -901,18 +815,17 @@ def toy_problems(count, seed):
     rng, problems = random.Random(f"rl {seed}"), []
     for _ in range(count):
         kind = rng.choices([EASY, MEDIUM, HARD], weights=[30, 35, 35])[0]
-        letters = rng.choices(kind, k=3) + rng.choices(EASY)
-        rng.shuffle(letters)
-        question, trace, answer = toy_texts("".join(letters), [CODE[letter] for letter in letters])
-        problems.append(Problem(question, answer, trace))
+        word = rng.choices(kind, k=3) + rng.choices(EASY)
+        rng.shuffle(word)
+        problems.append(toy_problem(word, [CODE[letter] for letter in word]))
     return problems
 
 def toy_sft_rows(count, seed):
-    """SFT rows (prompt, completion) over words of any letters."""
+    """SFT rows over words of any letters."""
     rng, rows = random.Random(f"sft {seed}"), []
     for _ in range(count):
-        word = "".join(rng.choices(EASY + MEDIUM + HARD, k=4))
-        question, trace, answer = toy_texts(word, [toy_digit(letter, rng) for letter in word])
+        word = rng.choices(EASY + MEDIUM + HARD, k=4)
+        question, answer, trace = toy_problem(word, [toy_digit(letter, rng) for letter in word])
         rows.append({"prompt": question, "completion":
                      f"<reasoning>\n{trace}</reasoning><answer>\n\\boxed{{{answer}}}</answer>"})
     return rows
@@ -936,8 +849,7 @@ def toy_model(seed):
 #     one process; what knows better is here.
 
 def setup():
-    """Join the processes that torchrun started, if any -> this one's device. A single GPU is a
-    group of one, because sharding also gives bfloat16 compute over float32 weights."""
+    """Join the processes that torchrun started, or be a group of one -> this one's device."""
     logging.disable(logging.ERROR)  # this file says itself what does not fit
     warnings.simplefilter("ignore")
     transformers.utils.logging.disable_progress_bar()
@@ -947,24 +859,15 @@ def setup():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         group = dict(backend="nccl", device_id=device)
-    if "RANK" in os.environ and not dist.is_initialized():
+    if "RANK" in os.environ:
         if sys.platform == "linux":  # PR_SET_PDEATHSIG: end if torchrun does, even if it is killed
             ctypes.CDLL(None).prctl(1, 9)
-        # Ranks may be far apart: one reads the weights for all, one has more to rewrite.
-        dist.init_process_group(timeout=timedelta(hours=12), **group)
-    elif device.type == "cuda" and not dist.is_initialized():
-        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **group)
+        group |= dict(timeout=timedelta(hours=12))  # one may read weights for all, or rewrite more
+    else:
+        group |= dict(store=dist.HashStore(), rank=0, world_size=1)
+    if not dist.is_initialized():
+        dist.init_process_group(**group)
     return device
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
 
 def print0(*args):
     if rank() == 0:
@@ -973,14 +876,13 @@ def print0(*args):
 def mean_across_ranks(metrics, device="cpu"):
     """The mean over all processes of a dict of numbers."""
     values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(values)
+    dist.all_reduce(values)
     return dict(zip(metrics, (values / world()).tolist()))
 
 def write_file(path, text):
     """Replace a file at once: a kill leaves the old one or the new one."""
+    unfinished = path.with_name(f".{path.name}")
     with file_errors(path):
-        unfinished = Path(f"{path}.unfinished")
         unfinished.write_text(text)
         unfinished.replace(path)
 
@@ -998,48 +900,43 @@ def read_lines(path):
             os.truncate(path, len(complete))
         return [dict(json.loads(line)) for line in complete.splitlines()]
 
-def locked(folder):
-    """One program at a time writes to a folder: rank 0 locks it until the lock is closed."""
-    if rank() > 0:
-        return contextlib.nullcontext()
+def lock(folder):
+    """Make a folder, and lock it for as long as this program lives: only one at a time writes."""
     with file_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
+        file = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)  # never closed
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
             raise UsageError(f"another process is still writing to {folder}: end it, or wait")
-    return lock
 
 def load_policy(cfg, device, sft=None):
     """The model to train and its tokenizer. sft: the folder of a finished SFT to go on from."""
-    if cfg.lora_rank:  # whole and frozen on every process
-        name, place = cfg.model, device
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    else:  # rank 0 reads the weights and deals out shards, so the host holds one copy
-        name, place, dtype = sft or cfg.model, "cpu" if rank() == 0 else "meta", torch.float32
-    if name == "toy":
+    if cfg.model == "toy" and (cfg.lora_rank or not sft):
         model, tokenizer = toy_model(cfg.seed)
-    else:
-        model, tokenizer = load_model(name, dtype=dtype, device=place)
-    if cfg.gradient_checkpointing:
+    elif cfg.lora_rank:  # whole and frozen on every process
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        model, tokenizer = load_model(cfg.model, dtype=dtype, device=device)
+    else:  # rank 0 reads the weights and deals out shards, so the host holds one copy
+        model, tokenizer = load_model(sft or cfg.model, device="cpu" if rank() == 0 else "meta")
+    if device.type == "cuda":  # activations are computed again in the backward pass
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.lora_rank:
-        add_lora(model, cfg, sft)
-    elif dist.is_initialized():
+        add_lora(model.to(device), cfg, sft)
+    else:
         shard(model, device)
     return model, tokenizer
 
 def shard(model, device):
     """FSDP2: every process keeps a share of rank 0's float32 weights and computes in bfloat16."""
     weights = model.state_dict() if rank() == 0 else {}
-    compute = torch.bfloat16 if device.type == "cuda" else torch.float32
-    options = dict(mesh=init_device_mesh(device.type, (world(),)), mp_policy=MixedPrecisionPolicy(
-        param_dtype=compute, reduce_dtype=torch.float32))
+    precision = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        reduce_dtype=torch.float32)
     model.to("meta").tie_weights()
-    for layer in model.model.layers:
-        fully_shard(layer, **options)
-    fully_shard(model, **options)
+    mesh = dist.init_device_mesh(device.type, (world(),))
+    for module in [*model.model.layers, model]:
+        fully_shard(module, mesh=mesh, mp_policy=precision)
     model.to_empty(device=device)
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)  # in no file
     set_model_state_dict(model, weights, options=StateDictOptions(
@@ -1048,22 +945,21 @@ def shard(model, device):
 def add_lora(model, cfg, sft):
     """Freeze the model and give it float32 adapters to train: new ones, or those of an SFT."""
     model.requires_grad_(False)
-    if sft:
-        with file_errors(sft):
-            model.load_adapter(str(sft / "adapter"), "default", is_trainable=True)
-    else:
+    with file_errors(sft or "--lora_rank"):
         from peft import LoraConfig
         torch.manual_seed(cfg.seed)  # the same adapters on every process
         model.add_adapter(LoraConfig(
             r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout,
             target_modules="all-linear"))
-    for parameter in trained(model):
-        parameter.data = parameter.data.float()
+        for parameter in trained(model):
+            parameter.data = parameter.data.float()
+        if sft:
+            model.load_state_dict(load_file(sft / "adapter.safetensors"), strict=False)
 
 def trained(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-@contextlib.contextmanager
+@contextmanager
 def gathered(model):
     """Hold the whole parameters for the length of a roll-out phase. A rank with more stuck groups
     runs more forward passes than others, which would for ever wait to gather parameters."""
@@ -1086,24 +982,6 @@ def swap(parameters, others):
         parameter.copy_(other)
         other.copy_(value)
 
-def save_full(model, tokenizer, folder):
-    """save_model by rank 0, of weights gathered from all; the folder appears when complete."""
-    weights, unfinished = None, Path(f"{folder}.unfinished")
-    with file_errors(folder):
-        if isinstance(model, FSDPModule):
-            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            weights = {name: weight.clone() if weight.untyped_storage().nbytes() > weight.nbytes
-                       else weight  # a part of a larger buffer would be saved with all of it
-                       for name, weight in get_model_state_dict(model, options=options).items()}
-        if rank() == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            save_model(model, tokenizer, unfinished, weights)
-            if hasattr(model, "peft_config"):
-                model.save_pretrained(unfinished / "adapter")
-            shutil.rmtree(folder, ignore_errors=True)
-            unfinished.rename(folder)
-    barrier()
-
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # not the base under a LoRA
 
 def trained_state(model, optimizer):
@@ -1113,58 +991,60 @@ def trained_state(model, optimizer):
 def save_checkpoint(out, stage, step, model, optimizer):
     """Write out/checkpoint-STAGE-STEP, each rank its shards, and drop the one before.
 
-    Everything random is a function of (seed, step, ...), so model, optimizer and step are the whole
-    state of a run. Only state.json makes a checkpoint count, and it is written last."""
-    folder = out / f"checkpoint-{stage}-{step}"
+    Everything random is a function of (seed, step, ...), so model, optimizer, step and metrics so
+    far are the whole state of a run. The folder has its name only when it is complete."""
+    folder, unfinished = out / f"checkpoint-{stage}-{step}", out / "unfinished"
     with file_errors(folder):
-        dcp.save(trained_state(model, optimizer), checkpoint_id=folder,
-                 no_dist=not dist.is_initialized())
-    if rank() == 0:
-        write_file(out / "state.json", json.dumps({
-            "stage": stage, "step": step, "bytes": (out / "metrics.jsonl").stat().st_size}))
-        for other in out.glob("checkpoint-*"):
-            if other != folder:
-                shutil.rmtree(other, ignore_errors=True)
+        dcp.save(trained_state(model, optimizer), checkpoint_id=unfinished)
+        if rank() == 0:
+            shutil.copy(out / "metrics.jsonl", unfinished)
+            unfinished.rename(folder)
+            for other in set(out.glob("checkpoint-*")) - {folder}:
+                shutil.rmtree(other)
     barrier()
 
-def read_state(out):
-    """-> stage and step of the newest checkpoint, and the size of metrics.jsonl at that time"""
-    path = out / "state.json"
-    if not path.exists():
-        return "", 0, 0
-    with file_errors(path):
-        state = json.loads(path.read_text())
-        return state["stage"], int(state["step"]), int(state["bytes"])
+def newest_checkpoint(out):
+    """-> its folder, stage and step. A kill may have left the one before it there."""
+    found = [(folder, *folder.name.split("-")[1:]) for folder in out.glob("checkpoint-*")]
+    return max(found, key=lambda f: (f[1] == "rl", int(f[2])), default=(None, None, 0))
 
 def resume_step(out, stage, steps, model, optimizer):
     """Fill model and optimizer from the checkpoint, written by any number of processes, if there is
     one of this stage. -> the step to go on from"""
-    at, step, _ = read_state(out)
+    folder, at, step = newest_checkpoint(out)
     if at != stage:
         return 0
-    if step not in range(steps + 1):
-        raise UsageError(f"{out / 'state.json'}: step {step} is not among the {steps} of this run")
-    folder = out / f"checkpoint-{stage}-{step}"
     with file_errors(folder):
+        if int(step) > steps:
+            raise UsageError(f"{folder} is beyond the {steps} steps of this run")
         found = trained_state(model, optimizer)
-        dcp.load(found, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        dcp.load(found, checkpoint_id=folder)
         set_state_dict(model, optimizer, model_state_dict=found["model"],
                        optim_state_dict=found["optimizer"], options=TRAINED)
-    return step
+    return int(step)
+
+def save_finished(model, tokenizer, folder):
+    """save_model; the folder appears when it is complete."""
+    unfinished = folder.with_name("unfinished")
+    if not folder.exists():
+        with file_errors(folder):
+            save_model(model, tokenizer, unfinished)
+            if rank() == 0:
+                unfinished.rename(folder)
+    barrier()
 
 # ------------------------------------------------
 # 11. The recipe.
 
 def flag(default, help, bounds=None):
-    """A field of a Config, and so a flag. bounds: a number's least and greatest value."""
-    if type(default) is int:
-        bounds = bounds or "1..1e5"
+    """A field of Config, and so a flag. A number has bounds, by default of a count or a share."""
+    bounds = bounds or {int: "1..1e9", float: "0..1"}.get(type(default))
     return field(default=default, metadata={"help": help} | ({"metavar": bounds} if bounds else {}))
 
 @dataclass
 class Config:
     """Every setting, every one a flag. The defaults are the preset `llada`."""
-    preset: str = flag("llada", "defaults for all that follows: llada or toy")
+    preset: Literal["llada", "toy"] = flag("llada", "defaults for all that follows")
     stage: Literal["rewrite", "sft", "rl", "all"] = flag("all", "all: SFT, if it has data, and RL")
     algo: Literal["igpo", "grpo", "resample"] = flag("igpo", "resample: second draw, no hints")
     model: str = flag("GSAI-ML/LLaDA-8B-Instruct", "folder or hub name; toy: made on the spot")
@@ -1177,27 +1057,27 @@ class Config:
     gen_length: int = flag(256, "completion length L, tokens")
     diffusion_steps: int = flag(128, "denoising steps for a completion")
     block_length: int = flag(32, "tokens in a semi-autoregressive block")
-    temperature: float = flag(1.2, "of the roll-outs", "0..100")
+    temperature: float = flag(1.2, "of the roll-outs", "0..1e9")
     cache: Literal["none", "block"] = flag("none", "block: faster, approximate (see sample)")
     threshold: float | None = flag(None, "faster, approximate (see sample); try 0.9", "0..1")
     rows_per_call: int = flag(64, "responses sampled in one batch, whole groups")
     max_prompt_length: int = flag(512, "longer prompts are left out, tokens")
     # groups and hints
     prompts_per_step: int = flag(64, "prompts in an update, over all processes")
-    group_size: int = flag(8, "G, responses to a prompt", "2..1e4")
-    eta_low: float = flag(0.2, "share of the chunks given: eta ~ U[eta_low, eta_high]", "0..1")
-    eta_high: float = flag(0.6, "see eta_low", "0..1")
+    group_size: int = flag(8, "G, responses to a prompt", "2..1e9")
+    eta_low: float = flag(0.2, "share of the chunks given: eta ~ U[eta_low, eta_high]")
+    eta_high: float = flag(0.6, "see eta_low")
     min_chunk: int = flag(5, "shortest chunk, tokens")
     max_chunk: int = flag(10, "longest chunk, tokens")
-    room: int = flag(30, "last positions, which no hint takes", "0..1e5")
-    lam: float = flag(0.5, "lambda, the share of a group that may be replaced", "0..1")
-    reward_correct: float = flag(3.0, "reward of a correct answer", "0..1e6")
-    reward_format: float = flag(1.0, "weight of the reward for the form, 0 to 0.75", "0..1e6")
+    room: int = flag(30, "last positions, which no hint takes", "0..1e9")
+    lam: float = flag(0.5, "lambda, the share of a group that may be replaced")
+    reward_correct: float = flag(3.0, "reward of a correct answer", "0..1e9")
+    reward_format: float = flag(1.0, "weight of the reward for the form, 0 to 0.75")
     # RL
-    tau: float = flag(0.2, "share of a response's hint tokens that learn", "0..1")
-    mu: int = flag(4, "updates per roll-out", "1..1000")
-    epsilon: float = flag(0.2, "clip range of the ratio", "0..1")
-    beta: float = flag(0.01, "weight of the KL to the initial policy", "0..1e6")
+    tau: float = flag(0.2, "share of a response's hint tokens that learn")
+    mu: int = flag(4, "updates per roll-out")
+    epsilon: float = flag(0.2, "clip range of the ratio")
+    beta: float = flag(0.01, "weight of the KL to the initial policy")
     ratio: Literal["sequence", "token"] = flag("sequence", "one ratio a response, or one a token")
     epochs: int = flag(10, "passes over the RL problems")
     max_steps: int | None = flag(None, "RL steps, in place of epochs", "1..1e9")
@@ -1205,23 +1085,20 @@ class Config:
     warmup_steps: int = flag(50, "updates of linear warm-up, also in SFT", "0..1e9")
     max_grad_norm: float = flag(0.2, "gradients are scaled down to this norm", "1e-9..1e9")
     prompts_per_forward: int = flag(8, "prompts in one pass of an update, at most")
-    gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass")
-    lora_rank: int = flag(0, "train LoRA adapters (pip install peft); 0: all weights", "0..1e4")
-    lora_alpha: float = flag(128, "LoRA's scale is alpha / rank", "1e-9..1e6")
-    lora_dropout: float = flag(0.0, "LoRA's dropout", "0..0.99")
+    lora_rank: int = flag(0, "train LoRA adapters (pip install peft); 0: all weights", "0..1e9")
+    lora_alpha: float = flag(128.0, "LoRA's scale is alpha / rank", "1e-9..1e9")
+    lora_dropout: float = flag(0.0, "LoRA's dropout")
     # SFT
-    sft_steps: int = flag(2000, "SFT updates", "1..1e9")
+    sft_steps: int = flag(2000, "SFT updates")
     sft_batch: int = flag(64, "examples in an SFT update, over all processes")
     sft_rows_per_forward: int = flag(1, "examples in one pass, at most")
-    sft_length: int = flag(1024, "completion length; longer examples are left out", "2..1e5")
+    sft_length: int = flag(1024, "completion length; longer examples are left out")
     sft_lr: float = flag(1e-5, "learning rate, linear to 0 after the warm-up", "1e-12..1")
     rewrite_data: str = flag("open-r1/OpenR1-Math-220k", "solutions, for --stage rewrite")
     rewriter: str = flag("Qwen/Qwen2.5-14B-Instruct", "instruction model that rewrites them")
-    rewrite_batch: int = flag(16, "solutions rewritten at once")
     # reports and checkpoints; 0: only at the end
     eval_size: int = flag(256, "held-out problems, answered greedily before and after")
     eval_every: int = flag(0, "RL steps between evaluations", "0..1e9")
-    show_every: int = flag(25, "RL steps between rescued responses shown; 0: never", "0..1e9")
     save_every: int = flag(50, "RL steps between checkpoints", "0..1e9")
     sft_save_every: int = flag(0, "SFT steps between checkpoints", "0..1e9")
     wandb: str | None = flag(None, "project to send metrics to (pip install wandb)")
@@ -1230,9 +1107,10 @@ PRESETS = {"llada": {}, "toy": dict(
     model="toy", train_data="toy", sft_data="toy", gen_length=20, diffusion_steps=4,
     block_length=10, rows_per_call=512, prompts_per_step=16, prompts_per_forward=16, min_chunk=1,
     max_chunk=2, room=10, reward_correct=1.0, reward_format=0.0, max_steps=100, lr=3e-4,
-    warmup_steps=20, gradient_checkpointing=False, sft_steps=500, sft_batch=128, sft_length=20,
-    sft_rows_per_forward=128, sft_lr=3e-3, eval_size=512)}
-FREE_TO_CHANGE = {"out_dir", "resume", "save_every", "sft_save_every", "show_every", "wandb"}
+    warmup_steps=20, sft_steps=500, sft_batch=128, sft_length=20, sft_rows_per_forward=128,
+    sft_lr=3e-3, eval_size=512)}
+
+FREE_TO_CHANGE = {"out_dir", "resume", "save_every", "sft_save_every", "wandb"}
 
 def parse(config_class, argv=None, presets=None):
     """Command line -> config: a preset's defaults, overridden by flags, all within their bounds."""
@@ -1242,12 +1120,9 @@ def parse(config_class, argv=None, presets=None):
 
     parser = Parser(config_class, allow_abbrev=False)
     if presets:
-        preset = parser.parse_known_args(argv)[0].preset
-        if preset not in presets:
-            raise UsageError(f"no preset {preset!r}; there are {', '.join(presets)}")
-        parser.set_defaults(preset=preset, **presets[preset])
+        parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
     cfg = config_class(**vars(parser.parse_args(argv)))
-    for f in dataclasses.fields(cfg):
+    for f in fields(cfg):
         value, bounds = getattr(cfg, f.name), f.metadata.get("metavar")
         if bounds and value is not None:
             least, most = map(float, bounds.split(".."))
@@ -1258,25 +1133,21 @@ def parse(config_class, argv=None, presets=None):
 def check(cfg):
     """What can be known to be wrong before anything is loaded."""
     blocks_of(cfg.gen_length, cfg.block_length, cfg.diffusion_steps)
-    for low, high in ("eta_low", "eta_high"), ("min_chunk", "max_chunk"):
-        if getattr(cfg, low) > getattr(cfg, high):
-            raise UsageError(f"--{low} {getattr(cfg, low)} is above --{high} {getattr(cfg, high)}")
-    for name in "prompts_per_step", "sft_batch":
-        if getattr(cfg, name) % world():
-            raise UsageError(f"--{name} {getattr(cfg, name)} is no multiple of {world()} processes")
-    for name, package in ("lora_rank", "peft"), ("wandb", "wandb"):
-        if getattr(cfg, name) and importlib.util.find_spec(package) is None:
-            raise UsageError(f"--{name} needs {package}: pip install {package}")
+    if cfg.eta_low > cfg.eta_high or cfg.min_chunk > cfg.max_chunk:
+        raise UsageError("--eta_low is above --eta_high, or --min_chunk above --max_chunk")
+    if cfg.prompts_per_step % world() or cfg.sft_batch % world():
+        raise UsageError(f"--prompts_per_step {cfg.prompts_per_step} or --sft_batch "
+                         f"{cfg.sft_batch} is no multiple of {world()} processes")
     if cfg.stage == "sft" and not cfg.sft_data:
         raise UsageError("--stage sft needs --sft_data")
     if not (torch.cuda.is_available() or cfg.model == "toy" or Path(cfg.model).is_dir()):
         raise UsageError(f"{cfg.model} is no folder, and from the hub it needs GPUs, 8 x 80 GB for "
                          "the defaults; on a CPU try: python igpo.py --preset toy")
 
-def check_length(model, prompts, completion_length):
+def check_length(model, longest, completion_length):
     """Beyond the positions that it was trained for a model writes nonsense, without an error."""
-    longest, most = max(map(len, prompts), default=0), model.config.max_position_embeddings
-    if longest and longest + completion_length > most:
+    most = model.config.max_position_embeddings
+    if longest + completion_length > most:
         raise UsageError(f"a prompt of {longest} and a completion of {completion_length} tokens do "
                          f"not fit the model's {most} positions")
 
@@ -1284,34 +1155,36 @@ def sampling(cfg):
     return dict(gen_length=cfg.gen_length, block_length=cfg.block_length, steps=cfg.diffusion_steps,
                 cache=None if cfg.cache == "none" else cfg.cache, threshold=cfg.threshold)
 
-def answer_examples(model, tokenizer, examples, *, batch_size, jobs=None, seed=0, **sampling):
-    """Sample completions: yields (example, sample, text, number of tokens) for each job, in order.
-    jobs: (example index, sample index) pairs, each with its own random numbers; default: all."""
-    jobs = [(i, 0) for i in range(len(examples))] if jobs is None else jobs
-    ends, pad_id = model.config.eos_token_id, model.config.pad_token_id
-    for at in range(0, len(jobs), batch_size):
-        part = jobs[at: at + batch_size]
-        ids, mask = pad_left([examples[i].prompt for i, _ in part], pad_id, model.device)
-        completions = sample(model, ids, prompt_mask=mask, stop_early=True,
-                             generator=[seeded(seed, "answer", i, s) for i, s in part], **sampling)
-        lengths = counted_tokens(completions, ends).sum(1).tolist()
-        for (i, s), completion, length in zip(part, completions, lengths):
-            yield i, s, decode(tokenizer, completion, ends), length
+def fitting(model, tokenizer, rows, completion_length, cfg):
+    """The rows, each a question and more, whose question is not too long."""
+    fit, most = [], cfg.max_prompt_length
+    for row, ids in zip(rows, encode_prompts(tokenizer, [row[0] for row in rows])):
+        if len(ids) <= most:
+            check_length(model, len(ids), completion_length)
+            fit.append(row)
+    if rows and not fit:
+        raise UsageError(f"all prompts exceed --max_prompt_length {most}")
+    return fit
 
-def evaluate(name, model, tokenizer, examples, cfg, out, step=0):
-    """Greedy accuracy on held-out examples, into the log; a resumed run may have it there."""
+def evaluate(name, model, tokenizer, problems, cfg, out, step=0):
+    """Greedy accuracy on held-out problems, into the log; a resumed run may have it there."""
     before = read_lines(out / "metrics.jsonl")
-    if not examples or any(name in line and line["step"] == step for line in before):
+    if not problems or any(name in line and line["step"] == step for line in before):
         return
+    mine, ends, right = problems[rank():: world()], model.config.eos_token_id, 0
     model.eval()
-    mine, right = examples[rank():: world()], 0
     with gathered(model):
-        for i, _, text, _ in answer_examples(model, tokenizer, mine, batch_size=cfg.rows_per_call,
-                                             **sampling(cfg)):
-            right += grade(text, mine[i].answer)
-    share = mean_across_ranks({name: right * world() / len(examples)}, model.device)
+        if mine:
+            prompts, mask = pad_left(encode_prompts(tokenizer, [p.question for p in mine]),
+                                     model.config.pad_token_id, model.device)
+            answers = sample_groups(model, prompts, mask, [None] * len(mine), group_size=1,
+                                    rows_per_call=cfg.rows_per_call, stop_early=True,
+                                    **sampling(cfg))
+            for completion, problem in zip(answers[:, 0], mine):
+                right += grade(decode(tokenizer, completion, ends), problem.answer)
+    share = mean_across_ranks({name: right * world() / len(problems)}, model.device)
     record(out, "eval", step, share)
-    print0(f"{name}: {share[name]:.3f} on {len(examples)} held-out problems")
+    print0(f"{name}: {share[name]:.3f} on {len(problems)} held-out problems")
 
 def record(out, stage, step, metrics):
     """A line in metrics.jsonl, and in wandb where --wandb has started a run."""
@@ -1329,15 +1202,18 @@ def schedule(update, updates, warmup):
 
 def optimizer_step(model, optimizer, lr, max_grad_norm):
     """An update by the gradients at hand -> their norm. If that is not finite, nothing changes."""
-    if world() > 1 and not isinstance(model, FSDPModule):  # FSDP has averaged already
+    sharded = isinstance(model, FSDPModule)
+    if world() > 1 and not sharded:  # FSDP has averaged already
         for parameter in trained(model):
             dist.all_reduce(parameter.grad)
             parameter.grad /= world()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    norm = torch.nn.utils.clip_grad_norm_(trained(model), max_grad_norm)
+    norm = (norm.full_tensor() if sharded else norm).item()
     optimizer.param_groups[0]["lr"] = lr
     if math.isfinite(norm):
         optimizer.step()
+    else:
+        print0(f"no update, for the gradient's norm is {norm}: lower the learning rate")
     optimizer.zero_grad()
     return norm
 
@@ -1349,26 +1225,13 @@ def add(total, metrics, share):
 def due(step, every, last=None):
     return step == last or every > 0 and step % every == 0
 
-def encode_sft(model, tokenizer, rows, cfg):
-    """Rows -> (prompt ids, completion ids padded to sft_length), less those that are too long."""
-    examples, end = [], model.config.eos_token_id[0]
-    for row in rows:
-        prompt, ids = encode_prompt(tokenizer, row["prompt"]), encode(tokenizer, row["completion"])
-        if len(prompt) <= cfg.max_prompt_length and len(ids) < cfg.sft_length:
-            padding = [model.config.pad_token_id] * (cfg.sft_length - len(ids) - 1)
-            examples.append((prompt, ids + [end] + padding))
-    if rows and not examples:
-        raise UsageError(f"{cfg.sft_data}: all examples exceed --max_prompt_length or --sft_length")
-    check_length(model, [prompt for prompt, _ in examples], cfg.sft_length)
-    return examples
-
-def train_sft(model, examples, cfg, out):
-    """Section 8 as a loop over the pairs of encode_sft."""
+def train_sft(model, tokenizer, examples, cfg, out):
+    """Section 8 as a loop over (prompt, completion) texts."""
     device, steps, optimizer = model.device, cfg.sft_steps, adamw(model, cfg.sft_lr)
+    pad_id, ends = model.config.pad_token_id, model.config.eos_token_id
     start = resume_step(out, "sft", steps, model, optimizer)
     model.train()
-    bar = tqdm(range(start, steps), "SFT", total=steps, initial=start, disable=rank() > 0,
-               mininterval=1)
+    bar = tqdm(range(start, steps), "SFT", steps, initial=start, disable=rank() > 0, mininterval=1)
     for step in bar:
         began, metrics = time.time(), defaultdict(float)
         torch.manual_seed(seeded(cfg.seed, "dropout", step, rank()).initial_seed())
@@ -1379,17 +1242,18 @@ def train_sft(model, examples, cfg, out):
         mine = range(rank(), len(batch), world())
         for at in range(0, len(mine), cfg.sft_rows_per_forward):
             part = list(mine[at: at + cfg.sft_rows_per_forward])
-            rows = [examples[batch[b]] for b in part]
-            prompts, mask = pad_left([row[0] for row in rows], model.config.pad_token_id, device)
-            completions = torch.tensor([row[1] for row in rows], device=device)
-            loss, values = sft_loss(model, prompts, completions, prompt_mask=mask, t=t[part],
-                                    generator=[seeded(cfg.seed, "sft", step, b) for b in part])
+            questions, texts = zip(*[examples[batch[b]] for b in part])
+            prompts, mask = pad_left(encode_prompts(tokenizer, questions), pad_id, device)
+            completions = torch.full((len(part), cfg.sft_length), pad_id)
+            for row, ids in zip(completions, encode(tokenizer, list(texts))):
+                row[: len(ids) + 1] = torch.tensor(ids + ends[:1])
+            loss, values = sft_loss(model, prompts, completions.to(device), prompt_mask=mask,
+                                    generator=[seeded(cfg.seed, "sft", step, b) for b in part],
+                                    t=t[part])
             (loss * len(part) / len(mine)).backward()
             add(metrics, values | {"loss": loss.item()}, len(part) / len(mine))
         lr = cfg.sft_lr * schedule(step, steps, cfg.warmup_steps)
         norm = optimizer_step(model, optimizer, lr, max_grad_norm=1.0)
-        if not math.isfinite(norm):
-            raise UsageError(f"SFT step {step + 1}: the gradient is not finite; lower --sft_lr")
         metrics = mean_across_ranks(metrics, device) | {"grad_norm": norm, "lr": lr}
         record(out, "sft", step + 1, metrics | {"seconds": time.time() - began})
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
@@ -1399,10 +1263,14 @@ def train_sft(model, examples, cfg, out):
 def roll_out(policy, tokenizer, batch, generators, cfg):
     """Stage 1 of an RL step -> prompts (N, P), prompt_mask (N, P), Rollout"""
     config = policy.config
-    prompts, mask = pad_left([e.prompt for e in batch], config.pad_token_id, policy.device)
-    draw = functools.partial(
-        sample_groups, policy, group_size=cfg.group_size, rows_per_call=cfg.rows_per_call,
-        temperature=cfg.temperature, stop_early=True, **sampling(cfg))
+    prompts, mask = pad_left(encode_prompts(tokenizer, [p.question for p in batch]),
+                             config.pad_token_id, policy.device)
+    traces = [p.trace and torch.tensor(encode(tokenizer, f"<reasoning>\n{p.trace}")) for p in batch]
+
+    def draw(*inputs):
+        return sample_groups(policy, *inputs, group_size=cfg.group_size, stop_early=True,
+                             rows_per_call=cfg.rows_per_call, temperature=cfg.temperature,
+                             **sampling(cfg))
 
     def is_correct(completion, answer):
         return grade(decode(tokenizer, completion, config.eos_token_id), answer)
@@ -1410,9 +1278,9 @@ def roll_out(policy, tokenizer, batch, generators, cfg):
     policy.eval()
     with gathered(policy):
         return prompts, mask, rollout(
-            draw, is_correct, prompts, mask, [e.answer for e in batch], [e.trace for e in batch],
-            generators, mask_id=config.mask_token_id, algo=cfg.algo, lam=cfg.lam,
-            eta=(cfg.eta_low, cfg.eta_high), chunk=(cfg.min_chunk, cfg.max_chunk), room=cfg.room)
+            draw, is_correct, prompts, mask, [p.answer for p in batch], traces, generators,
+            mask_id=config.mask_token_id, algo=cfg.algo, lam=cfg.lam, room=cfg.room,
+            eta=(cfg.eta_low, cfg.eta_high), chunk=(cfg.min_chunk, cfg.max_chunk))
 
 def total_rewards(tokenizer, completions, correct, cfg, end_ids):
     """(N, G, L) completions and (N, G) bool -> (N, G) rewards"""
@@ -1431,10 +1299,10 @@ def group_logps(model, prompts, prompt_mask, completions, per_forward):
         model.reshard()  # FSDP keeps the root for a backward pass that may never come
     return torch.cat([logps for logps, _ in scored]), torch.cat([entropy for _, entropy in scored])
 
-def train_rl(policy, tokenizer, examples, held_out, cfg, out):
+def train_rl(policy, tokenizer, problems, held_out, cfg, out):
     """Sections 5 to 7 as a loop: roll out, then mu updates on the augmented groups."""
     device, end_ids = policy.device, policy.config.eos_token_id
-    steps = cfg.max_steps or max(cfg.epochs * len(examples) // cfg.prompts_per_step, 1)
+    steps = cfg.max_steps or max(cfg.epochs * len(problems) // cfg.prompts_per_step, 1)
     print0(f"RL: {steps} steps of {cfg.prompts_per_step} prompts")
     per_forward = min(cfg.prompts_per_forward, cfg.prompts_per_step // world())
     initial = [parameter.detach().clone() for parameter in trained(policy)] if cfg.beta else []
@@ -1442,10 +1310,10 @@ def train_rl(policy, tokenizer, examples, held_out, cfg, out):
     for step in range(resume_step(out, "rl", steps, policy, optimizer), steps):
         # 1. Roll out: G responses a prompt, and inpainted ones where all of them are wrong.
         began, metrics = time.time(), defaultdict(float)
-        batch = batch_indices(len(examples), cfg.prompts_per_step, step, cfg.seed)[rank():: world()]
-        prompts, mask, roll = roll_out(policy, tokenizer, [examples[i] for i in batch],
+        batch = batch_indices(len(problems), cfg.prompts_per_step, step, cfg.seed)[rank():: world()]
+        prompts, mask, roll = roll_out(policy, tokenizer, [problems[i] for i in batch],
                                        [seeded(cfg.seed, "rollout", step, i) for i in batch], cfg)
-        rolled_out = time.time()
+        seconds_rollout = time.time() - began
 
         # 2. Score: advantages, log-probabilities before the first update, and what learns.
         rewards = total_rewards(tokenizer, roll.completions, roll.correct, cfg, end_ids)
@@ -1474,34 +1342,31 @@ def train_rl(policy, tokenizer, examples, held_out, cfg, out):
                 add(metrics, values | {"loss": loss.item()}, share / cfg.mu)
             lr = cfg.lr * schedule(step * cfg.mu + inner, steps * cfg.mu, cfg.warmup_steps)
             norm = optimizer_step(policy, optimizer, lr, cfg.max_grad_norm)
-            add(metrics, {"grad_norm": norm, "skipped": not math.isfinite(norm)}, 1 / cfg.mu)
+            add(metrics, {"grad_norm": norm, "lr": lr}, 1 / cfg.mu)
 
         # 4. Report.
+        metrics |= rollout_metrics(roll, entropy, learning, policy.config)
         rewards = total_rewards(tokenizer, roll.first, roll.first_correct, cfg, end_ids)
-        metrics |= rollout_metrics(roll, rewards, entropy, learning, policy.config)
-        # TFLOP of the roll-out, 2 x parameters x tokens a pass, as if no row had ended early.
-        passes = (len(roll.first) + len(roll.second)) * cfg.group_size * cfg.diffusion_steps
-        tflop = 2e-12 * policy.num_parameters() * passes * (mask.shape[1] + cfg.gen_length)
-        metrics |= {"tflop": tflop, "lr": lr, "seconds_rollout": rolled_out - began,
-                    "seconds_update": time.time() - rolled_out}
+        metrics |= {"reward": rewards.mean().item(), "seconds_rollout": seconds_rollout,
+                    "seconds": time.time() - began}
         report(out, step + 1, steps, mean_across_ranks(metrics, device), cfg)
-        if due(step, cfg.show_every):
-            print0(show_group(tokenizer, roll, learning, end_ids))
+        if step % 10 == 0 and roll.hinted.any():
+            print0(show_group(tokenizer, roll, learning))
         if due(step + 1, cfg.eval_every) and step + 1 < steps:
             evaluate("eval_accuracy", policy, tokenizer, held_out, cfg, out, step + 1)
         if due(step + 1, cfg.save_every, last=steps):
             save_checkpoint(out, "rl", step + 1, policy, optimizer)
 
-def rollout_metrics(roll, rewards, entropy, learning, config):
-    """Means over this process's prompts. rewards (N, G): of the policy's own responses."""
+def rollout_metrics(roll, entropy, learning, config):
+    """Means over this process's prompts, or over their responses."""
     own, second, augmented = (counted_tokens(ids, config.eos_token_id) for ids in (
         roll.first, roll.second, roll.completions))
     hinted, empty = roll.hinted & augmented, (roll.hints == config.mask_token_id).all(-1)
     values = {
-        "reward": rewards, "accuracy": roll.first_correct, "accuracy_after": roll.correct,
+        "accuracy": roll.first_correct, "accuracy_after": roll.correct,
         "all_wrong": ~roll.first_correct.any(1), "all_wrong_after": ~roll.correct.any(1),
         "hint_tokens": hinted.sum(-1), "hint_tokens_kept": (hinted & learning).sum(-1),
-        "empty_hints": empty.sum() / rewards.numel(), "completion_length": own.sum(-1),
+        "empty_hints": empty.sum() / roll.correct.numel(), "completion_length": own.sum(-1),
         "entropy": (entropy[:, None] * own).sum(-1) / own.sum(-1),
         "tokens": own.sum() + second.sum()}
     return {name: value.float().mean().item() for name, value in values.items()}
@@ -1511,132 +1376,114 @@ def report(out, step, steps, metrics, cfg):
     metrics |= {
         "rescued": 1 - metrics["all_wrong_after"] / (metrics["all_wrong"] or 1),
         "tokens_per_second": world() * metrics.pop("tokens") / metrics["seconds_rollout"],
-        "tflops_rollout": metrics.pop("tflop") / metrics["seconds_rollout"],
-        "seconds": metrics["seconds_rollout"] + metrics["seconds_update"],
+        "seconds_update": metrics["seconds"] - metrics["seconds_rollout"],
         "cache": cfg.cache, "threshold": cfg.threshold}
     print0("RL {}/{}  accuracy {accuracy:.2f} -> {accuracy_after:.2f}  all wrong {all_wrong:.2f} "
            "-> {all_wrong_after:.2f}  kl {kl:.4f}  length {completion_length:.0f}  {seconds:.1f} s"
            .format(step, steps, **metrics))
     record(out, "rl", step, metrics)
-    if metrics["skipped"] > 0.999:
-        raise UsageError("no gradient of this step was finite; lower the learning rate")
 
-def show_group(tokenizer, roll, learning, end_ids):
-    """A rescued response as text: a wrong one, the hint, what was inpainted, and what learns."""
-    rescued = roll.hinted.any(-1).nonzero().tolist()
-    if not rescued:
-        return "  (no response was inpainted around a hint in this step)"
-    n, g = rescued[0]
-    wrong, inpainted = ([tokenizer.decode(token).replace("\n", "\\n")
-                         for token in o[counted_tokens(o, end_ids)]]
-                        for o in (roll.first[n, g], roll.completions[n, g]))
-    hint, learns = [], []
-    for word, given, learn in zip(inpainted, roll.hinted[n, g], learning[n, g]):
-        hint.append(word if given else "_" * len(word))
-        learns.append((" " if not given else "^" if learn else ".") * len(word))
-    lines = {"wrong": wrong, "hint": hint, "inpainted": inpainted, "learns": learns}
-    return "\n".join(f"  {name:10} {' '.join(line)}" for name, line in lines.items()) + (
-        "   (of the hint ^ learns and . does not; all else learns)")
+def show_group(tokenizer, roll, learning):
+    """A rescued response as text: what was wrong, and what was inpainted around which [hints]."""
+    (n, g), text = roll.hinted.any(-1).nonzero()[0], ""
+    for token, given, learns in zip(roll.completions[n, g], roll.hinted[n, g], learning[n, g]):
+        word = tokenizer.decode(token)
+        text += f"[{word}{'^' * learns}]" if given else word
+    return (f"  wrong      {tokenizer.decode(roll.first[n, g])!r}\n"
+            f"  inpainted  {text!r}   (of the [hints] those with ^ learn)")
 
 def run_folder(cfg):
     """The folder of a new run, or with --resume that of one with the same settings; unchanged."""
     name = [cfg.out_dir or f"runs/{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"]
-    if dist.is_initialized():
-        dist.broadcast_object_list(name)  # the clocks of two processes may differ
+    dist.broadcast_object_list(name)  # the clocks of two processes may differ
     out = Path(name[0])
-    metrics = out / "metrics.jsonl"
+    with file_errors(out):
+        left = [file for file in os.listdir(out) if file[0] != "."] if out.exists() else []
+        if left and not cfg.resume:
+            raise UsageError(f"{out} is not empty: --resume continues a run there")
     if cfg.resume:
         with file_errors(out / "config.json"):
             before = json.loads((out / "config.json").read_text())
-            for name, value in dataclasses.asdict(cfg).items():
-                if name not in FREE_TO_CHANGE and before[name] != value:
+            for name, value in asdict(cfg).items():
+                if before[name] != value and name not in FREE_TO_CHANGE:
                     raise UsageError(f"--resume: {out} was started with --{name} {before[name]}")
-        with file_errors(metrics):
-            size = metrics.stat().st_size if metrics.exists() else 0
-            if size < read_state(out)[2]:
-                raise UsageError(f"{metrics} is shorter than at the last checkpoint")
-        return out
-    with file_errors(out):
-        left = set(os.listdir(out)) if out.exists() else set()
-        if left - {".lock", "config.json.unfinished"}:  # these a failed start may leave
-            raise UsageError(f"{out} is not empty: --resume continues a run there, or give another "
-                             "--out_dir")
     return out
 
 def open_run(cfg, out):
-    """All has been loaded: from here on the folder holds a run, and is locked. What metrics.jsonl
-    says of steps after the checkpoint is dropped, for they are taken again. -> the lock"""
+    """All has been loaded: from here on the folder holds a run. Metrics of steps after the
+    checkpoint are dropped, for these steps are taken again."""
     barrier()  # every process has looked at the folder
-    lock, metrics = locked(out), out / "metrics.jsonl"
     if rank() == 0:
-        write_file(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2))
-        with file_errors(metrics):
-            metrics.touch()
-            os.truncate(metrics, read_state(out)[2])
+        lock(out)
+        write_file(out / "config.json", json.dumps(asdict(cfg), indent=2))
+        checkpoint, *_ = newest_checkpoint(out)
+        with file_errors(out):
+            shutil.rmtree(out / "unfinished", ignore_errors=True)
+            metrics = (checkpoint / "metrics.jsonl").read_text() if checkpoint else ""
+        write_file(out / "metrics.jsonl", metrics)
         if cfg.wandb:
             with file_errors("--wandb"):
                 import wandb
-                wandb.init(project=cfg.wandb, config=dataclasses.asdict(cfg), name=out.name)
+                wandb.init(project=cfg.wandb, config=asdict(cfg), name=out.name)
     barrier()
-    return lock
 
 def load_data(cfg):
-    """-> RL problems, held-out problems and SFT rows, as far as the stage needs them"""
+    """-> RL problems, held-out problems and SFT (prompt, completion)s, as the stage needs them"""
     problems, held_out, sft_rows = [], [], []
     if cfg.stage != "sft" and cfg.train_data == "toy":
         problems = toy_problems(4000, cfg.seed)
         held_out = toy_problems(cfg.eval_size, f"held out {cfg.seed}")
     elif cfg.stage != "sft":
-        problems = metamath_problems(cfg.train_data)
-        if len(problems) <= cfg.eval_size:
-            raise UsageError(f"{cfg.train_data} has {len(problems)} problems, no more than "
-                             "--eval_size")
-        problems, held_out = problems[cfg.eval_size:], problems[: cfg.eval_size]
-    if cfg.stage != "rl" and cfg.sft_data == "toy":
-        sft_rows = toy_sft_rows(8000, cfg.seed)
-    elif cfg.stage != "rl" and cfg.sft_data:
-        sft_rows = read_rows(cfg.sft_data, ["prompt", "completion"])
-    return problems, held_out, sft_rows
+        found = metamath_problems(cfg.train_data)
+        if len(found) <= cfg.eval_size:
+            raise UsageError(f"{cfg.train_data}: no more than --eval_size {cfg.eval_size} rows of "
+                             "type GSM_AnsAug or MATH_AnsAug state an answer")
+        problems, held_out = found[cfg.eval_size:], found[: cfg.eval_size]
+    if cfg.stage != "rl" and cfg.sft_data:
+        sft_rows = (toy_sft_rows(8000, cfg.seed) if cfg.sft_data == "toy" else
+                    read_rows(cfg.sft_data, ["prompt", "completion"]))
+    return problems, held_out, [(row["prompt"], row["completion"]) for row in sft_rows]
 
 def train(cfg, device, out):
     """SFT where there are examples for it, then RL."""
     began, sft = time.time(), out / "sft"
     problems, held_out, sft_rows = load_data(cfg)
-    # A resumed run; should sft/ be gone in the midst of RL, loading it says so.
-    past_sft = bool(sft_rows) and (sft.is_dir() or read_state(out)[0] == "rl")
+    past_sft = bool(sft_rows) and (sft.exists() or newest_checkpoint(out)[1] == "rl")
     model, tokenizer = load_policy(cfg, device, sft if past_sft else None)
-    examples = encode_problems(tokenizer, problems, cfg.max_prompt_length)
-    held_out = encode_problems(tokenizer, held_out, cfg.max_prompt_length)
-    check_length(model, [e.prompt for e in examples + held_out], cfg.gen_length)
-    sft_examples = [] if past_sft else encode_sft(model, tokenizer, sft_rows, cfg)
+    problems, all_problems = fitting(model, tokenizer, problems, cfg.gen_length, cfg), problems
+    held_out = fitting(model, tokenizer, held_out, cfg.gen_length, cfg)
+    examples = [] if past_sft else [
+        row for row in fitting(model, tokenizer, sft_rows, cfg.sft_length, cfg)
+        if len(encode(tokenizer, row[1])) < cfg.sft_length]  # and the end token
+    if sft_rows and not examples and not past_sft:
+        raise UsageError(f"{cfg.sft_data}: all completions exceed --sft_length {cfg.sft_length}")
 
-    with open_run(cfg, out):
-        print0(f"{cfg.model}: {model.num_parameters() / 1e6:.2f}M parameters, run folder {out}\n"
-               f"{len(examples)} RL problems, {len(problems) - len(examples)} too long, "
-               f"{sum(e.trace is None for e in examples)} with no trace to make hints of")
-        evaluate("accuracy_start", model, tokenizer, held_out, cfg, out)
-        if sft_examples:
-            left_out = len(sft_rows) - len(sft_examples)
-            print0(f"SFT: {len(sft_examples)} examples, {left_out} too long")
-            train_sft(model, sft_examples, cfg, out)
-            save_full(model, tokenizer, sft)
-        if sft_rows:
-            evaluate("accuracy_sft", model, tokenizer, held_out, cfg, out)
-        if examples:
-            train_rl(model, tokenizer, examples, held_out, cfg, out)
-            save_full(model, tokenizer, out / "final")
-            evaluate("accuracy_final", model, tokenizer, held_out, cfg, out)
-        if rank() == 0:
-            summarise(out, time.time() - began)
-        barrier()  # nobody leaves the group while another is in it
+    open_run(cfg, out)
+    print0(f"{cfg.model}: {model.num_parameters() / 1e6:.2f}M parameters, run folder {out}\n"
+           f"{len(problems)} of {len(all_problems)} RL problems are short enough, "
+           f"{sum(p.trace is None for p in problems)} have no trace to make hints of")
+    evaluate("accuracy_start", model, tokenizer, held_out, cfg, out)
+    if examples:
+        print0(f"SFT: {len(examples)} of {len(sft_rows)} examples are short enough")
+        train_sft(model, tokenizer, examples, cfg, out)
+        save_finished(model, tokenizer, sft)
+    if sft_rows:
+        evaluate("accuracy_sft", model, tokenizer, held_out, cfg, out)
+    if problems:
+        train_rl(model, tokenizer, problems, held_out, cfg, out)
+        save_finished(model, tokenizer, out / "final")
+        evaluate("accuracy_final", model, tokenizer, held_out, cfg, out)
+    if rank() == 0:
+        summarise(out, time.time() - began)
+    barrier()  # nobody leaves the group while another is in it
 
 def summarise(out, seconds):
     """summary.json: the accuracies, means over the RL steps, and what it took."""
     lines, summary = read_lines(out / "metrics.jsonl"), {}
-    rl = [line for line in lines if line["stage"] == "rl"]
     for line in lines:
-        if line["stage"] == "eval":
-            summary |= {name: line[name] for name in line if name.startswith("accuracy_")}
+        summary |= {name: value for name, value in line.items() if name.startswith("accuracy_")
+                    and line["stage"] == "eval"}
+    rl = [line for line in lines if line["stage"] == "rl"]
     for name in "all_wrong", "all_wrong_after":
         summary[name] = sum(line[name] for line in rl) / max(len(rl), 1)
     summary |= {"steps": len(rl), "seconds": seconds, "grade_timeouts": GRADE_TIMEOUTS}
@@ -1653,15 +1500,12 @@ def run_main(main, name):
     """Run a command line, also eval.py's: what the user can put right is one line and status 2."""
     try:
         main()
-    except BaseException as error:
-        if rank() > 0:
+    except UsageError as error:
+        if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # mostly rank 0 says the same, and then torchrun ends this process
-        if not isinstance(error, UsageError):
-            raise
+        sys.stdout.flush()
         print(f"{name}: {error}", file=sys.stderr, flush=True)
-        if world() > 1:
-            os._exit(2)  # without a farewell to processes that wait for this one
-        sys.exit(2)
+        os._exit(2)  # without a farewell to processes that wait for this one
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -3,13 +3,11 @@ against a plain loop, each promise once, what a user gets wrong in tables. Run: 
 
 import ast
 import contextlib
-import csv
 import dataclasses
 import dis
 import json
 import math
 import os
-import random
 import re
 import resource
 import shutil
@@ -25,6 +23,7 @@ import weakref
 import zlib
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,6 +40,7 @@ import igpo
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)
+igpo.setup()
 
 def tiny_tokenizer():
     return igpo.toy_model(0)[1]
@@ -59,9 +59,10 @@ def tiny_model(seed=0, cls=LlamaForCausalLM, **changes):
 def random_prompts(rows, length, seed=1):
     return torch.randint(0, min(MASK, END), (rows, length), generator=igpo.seeded(seed))
 
-def padded(prompts):
-    """The second prompt without its first token, the third without two: -> (N, P) ids and mask."""
-    return igpo.pad_left([prompt[i % 4:].tolist() for i, prompt in enumerate(prompts)], END)
+def padded(rows):
+    """Prompts of 5 tokens, the i-th without its first i % 4: -> (rows, 5) ids and mask"""
+    prompts = random_prompts(rows, 5).tolist()
+    return igpo.pad_left([prompt[i % 4:] for i, prompt in enumerate(prompts)], END)
 
 def write_jsonl(path, *rows):
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
@@ -71,311 +72,269 @@ def write_jsonl(path, *rows):
 # ------------------------------------------------
 # 1. The model
 
+LLADA = [  # Llama's names and its own, spelled out once more by hand
+    ("model.layers", "blocks"), ("lm_head", "ff_out"), ("model.embed_tokens", "wte"),
+    ("model.norm", "ln_f"), ("input_layernorm", "attn_norm"), ("self_attn.o_proj", "attn_out"),
+    ("post_attention_layernorm", "ff_norm"), ("mlp.gate_proj", "ff_proj"),
+    ("mlp.down_proj", "ff_out"), ("self_attn.", ""), ("mlp.", "")]  # q, k, v and up keep theirs
+
 def llada_folder(folder, **changes):
-    """Write a tiny Llama as a LLaDA checkpoint, whose names are spelled out once more by hand."""
-    model = tiny_model(**changes)
-    c, weights = model.config, model.state_dict()
-    names = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
-    for i in range(c.num_hidden_layers):
-        for theirs, ours in {
-                "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm",
-                "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj",
-                "v_proj": "self_attn.v_proj", "attn_out": "self_attn.o_proj",
-                "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj",
-                "ff_out": "mlp.down_proj"}.items():
-            names[f"blocks.{i}.{theirs}"] = f"model.layers.{i}.{ours}"
-    if c.tie_word_embeddings:
-        del names["ff_out"]
+    """Write a tiny Llama as a LLaDA checkpoint."""
+    rope, weights = {"rope_type": "default", "rope_theta": 5e5}, {}
+    model = tiny_model(rope_parameters=rope, rms_norm_eps=1e-3, **changes)
+    for name, weight in model.state_dict().items():
+        for ours, theirs in LLADA:
+            name = name.replace(ours, theirs)
+        weights[f"model.transformer.{name}"] = weight.clone()
+    if model.config.tie_word_embeddings:
+        del weights["model.transformer.ff_out.weight"]
     tiny_tokenizer().save_pretrained(folder)
-    save_file({f"model.transformer.{theirs}.weight": weights[f"{ours}.weight"].clone()
-               for theirs, ours in names.items()}, folder / "model.safetensors")
-    grouped = c.num_key_value_heads != c.num_attention_heads
+    save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(dict(
         model_type="llada", auto_map={"AutoConfig": "configuration_llada.LLaDAConfig"},
-        d_model=c.hidden_size, n_layers=c.num_hidden_layers, n_heads=c.num_attention_heads,
-        n_kv_heads=c.num_key_value_heads if grouped else None, max_sequence_length=128,
-        mlp_hidden_size=c.intermediate_size, vocab_size=c.vocab_size, embedding_size=c.vocab_size,
-        rms_norm_eps=c.rms_norm_eps, rope_theta=c.rope_parameters["rope_theta"],
-        weight_tying=c.tie_word_embeddings, mask_token_id=MASK, eos_token_id=END,
-        pad_token_id=END)))
+        d_model=32, mlp_hidden_size=48, n_layers=2, n_heads=4, rms_norm_eps=1e-3, rope_theta=5e5,
+        n_kv_heads=changes.get("num_key_value_heads"), max_sequence_length=128, vocab_size=V,
+        embedding_size=V, weight_tying=model.config.tie_word_embeddings, mask_token_id=MASK,
+        eos_token_id=END, pad_token_id=END)))
     (folder / "configuration_llada.py").write_text("raise SystemExit('remote code was run')")
     return model
 
-@pytest.mark.parametrize("shape", [{}, {"num_key_value_heads": 2}, {"tie_word_embeddings": True}])
+@pytest.mark.parametrize("shape", [{"num_key_value_heads": 2}, {"tie_word_embeddings": True}])
 def test_a_llada_is_loaded_and_saved_exactly(tmp_path, shape):
-    rope, ids = {"rope_type": "default", "rope_theta": 5e5}, random_prompts(2, 9)
+    ids, folder, copy = random_prompts(2, 9), tmp_path / "in", tmp_path / "out"
     ids[0, 3] = END
-    original = llada_folder(tmp_path / "in", rope_parameters=rope, rms_norm_eps=1e-3, **shape)
-    words = tmp_path / "in" / "tokenizer.json"
+    original, words = llada_folder(folder, **shape), folder / "tokenizer.json"
     words.write_text(words.read_text().replace('"a"', '"<|eot_id|>"'))
-    model, tokenizer = igpo.load_model(tmp_path / "in")
+    model, tokenizer = igpo.load_model(folder)
     logits = model(ids).logits
     assert torch.equal(logits, original(ids).logits)
     assert not torch.allclose(logits[:, :4], model(ids[:, :4]).logits)  # not causal
     assert model.config.eos_token_id == [tokenizer.convert_tokens_to_ids("<|eot_id|>"), END]
-    logits.square().mean().backward()  # transformers gives the padding id no gradient
-    assert model.get_input_embeddings().weight.grad[END].any()  # but here it is the end token
+    logits.square().mean().backward()
+    assert model.get_input_embeddings().weight.grad[END].any()  # in transformers padding has none
 
-    igpo.save_model(model, tokenizer, tmp_path / "out")
-    before, after = (load_file(tmp_path / f / "model.safetensors") for f in ("in", "out"))
-    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
-    before, after = (json.loads((tmp_path / f / "config.json").read_text()) for f in ("in", "out"))
-    assert before | {"torch_dtype": "float32"} == after
-    assert (tmp_path / "out" / "configuration_llada.py").exists()  # for LLaDA's own loader
+    igpo.save_model(model, tokenizer, copy)
+    before, after = (load_file(f / "model.safetensors") for f in (folder, copy))
+    torch.testing.assert_close(before, after, rtol=0, atol=0)
+    before, after = (json.loads((f / "config.json").read_text()) for f in (folder, copy))
+    assert before == after
+    assert (copy / "configuration_llada.py").exists()  # for LLaDA's own loader
 
 def test_dream_is_read_one_to_the_left(tmp_path):
     original, ids = tiny_model(2, Qwen2ForCausalLM), random_prompts(2, 9)
     igpo.save_model(original, tiny_tokenizer(), tmp_path)
-    raw = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "Dream"}
-    del raw["is_causal"]
+    raw = original.config.to_dict() | {"model_type": "Dream", "is_causal": True}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     model, _ = igpo.load_model(tmp_path)
     logits = igpo.logits_at(model, ids, None, torch.arange(4, 7))
     assert torch.allclose(logits, original(ids).logits[:, 3:6], atol=1e-5)
 
-def test_lora_is_merged_in_float32():
-    LoraConfig = pytest.importorskip("peft").LoraConfig
-    model, name = tiny_model().to(torch.bfloat16), "model.layers.0.mlp.up_proj"
-    base = {key: weight.clone() for key, weight in model.state_dict().items()}
-    model.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["up_proj"]))
-    B, A = (model.get_submodule(name).get_submodule(f"lora_{x}.default").weight for x in "BA")
-    B.data.fill_(1e-3)  # too little for bfloat16
-    merged = igpo.merged_weights(model)
-    change = merged[f"{name}.weight"] - base[f"{name}.weight"].float()
-    assert torch.allclose(change, 2 * (B @ A).float(), atol=1e-5) and merged.keys() == base.keys()
+def test_lora_is_merged_in_float32(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = tiny_model().to(torch.bfloat16)
+    want = {name: weight.float() + 2 ** -10 * ("up_proj" in name)  # too little for bfloat16
+            for name, weight in model.state_dict().items()}
+    model.add_adapter(peft.LoraConfig(r=2, lora_alpha=4, target_modules=["up_proj"]))
+    for name, weight in model.named_parameters():
+        if "lora" in name:
+            weight.data.fill_(2 ** -6)  # alpha / r times B A is 2 * (2 * 2 ** -12)
+    igpo.save_model(model, tiny_tokenizer(), tmp_path)
+    found = load_file(tmp_path / "model.safetensors")
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-6, check_dtype=False)
 
-def test_counted_tokens_include_the_first_end_token():
-    ids = torch.tensor([[1, 2, END, 3, END], [END, 1, 1, 1, 1], [1, 2, 3, 4, 5]])
-    assert igpo.counted_tokens(ids, END).int().tolist() == [
-        [1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]
-    assert igpo.counted_tokens(ids, [END, 2]).sum(1).tolist() == [2, 1, 2]
+def test_the_first_end_token_is_counted():
+    ids = torch.tensor([[1, 3, END, 3, END], [2, 1, 1, 1, 1], [1, 3, 3, 4, 5]])
+    assert igpo.counted_tokens(ids, [END, 2]).sum(1).tolist() == [3, 1, 5]
 
 # ------------------------------------------------
 # 2. The sampler
 
 @torch.no_grad()
-def published_sampler(model, prompt, hints, K, steps, threshold=None):
-    """LLaDA's sampler at temperature 0, written out for one unpadded row; with a threshold, each
-    step fills in the surest place and all that are surer than it."""
-    x, P, L = torch.cat([prompt, hints]), len(prompt), len(hints)
-    S = steps // (L // K)
-    for start in range(P, P + L, K):
-        block = range(start, start + K)
-        total = sum(x[i].item() == MASK for i in block)
-        for step in range(S if threshold is None else K):
-            masks = [i for i in block if x[i].item() == MASK]
+def published_sampler(model, prompt, hints, K, steps, threshold):
+    """LLaDA's at temperature 0, for one unpadded row. Above a threshold all are filled in."""
+    x, P = torch.cat([prompt, hints]), len(prompt)
+    S = steps * K // len(hints) if threshold is None else K
+    for start in range(P, len(x), K):
+        total = (x[start: start + K] == MASK).sum().item()
+        for step in range(S):
             p = model(input_ids=x[None]).logits[0].double().softmax(-1)
-            words = [v for v in range(V) if v != MASK]
-            best = {i: max(words, key=lambda v: p[i, v].item()) for i in masks}
-            count = total // S + (step < total % S) if threshold is None else 1
-            order = sorted(masks, key=lambda i: -p[i, best[i]].item())
-            for i in order:
-                if i in order[:count] or threshold is not None and p[i, best[i]] > threshold:
+            p[:, MASK] = -1
+            sure, best = p.max(-1)
+            count = total // S + (step < total % S)
+            masks = [i for i in range(start, start + K) if x[i] == MASK]
+            for place, i in enumerate(sorted(masks, key=lambda i: -sure[i])):
+                if place < count or threshold is not None and sure[i] > threshold:
                     x[i] = best[i]
     return x[P:]
 
-@pytest.mark.parametrize("K, steps, share, threshold", [
-    (12, 5, 0.0, None), (4, 6, 0.5, None), (4, 3, 0.3, 0.0), (4, 3, 0.3, 0.4), (4, 3, 0.3, 1.0)])
-def test_greedy_sampling_is_the_published_sampler(K, steps, share, threshold):
-    model, (prompts, mask) = tiny_model(2), padded(random_prompts(3, 5))
-    given = torch.rand(3, 12, generator=igpo.seeded(4)) < share
+@pytest.mark.parametrize("K, steps, threshold", [
+    (12, 5, None), (4, 6, None), (4, 3, 0.0), (4, 3, 0.4)])
+def test_greedy_sampling_is_the_published_sampler(K, steps, threshold):
+    model, (prompts, mask) = tiny_model(2), padded(3)
+    given, seen = torch.rand(3, 12, generator=igpo.seeded(4)) < 0.3, []
     hints = torch.where(given, random_prompts(3, 12, 5), MASK)
-    seen = []
     out = igpo.sample(model, prompts, gen_length=12, block_length=K, steps=steps,
-                      hints=hints if share else None, prompt_mask=mask, threshold=threshold,
-                      watch=lambda completions: seen.append(completions.clone()))
-    assert len(seen) <= (12 if threshold else steps) and torch.equal(seen[-1], out)
-    assert (~mask).sum(1).tolist() == [0, 1, 2]
+                      hints=hints, prompt_mask=mask, threshold=threshold,
+                      watch=lambda x: seen.append(x.clone()))
+    assert torch.equal(seen[-1], out)
     for prompt, real, hint, row in zip(prompts, mask, hints, out):
         assert torch.equal(row, published_sampler(model, prompt[real], hint, K, steps, threshold))
 
 def test_the_draw_has_the_softmax_distribution():
-    """The mask id is never chosen, even far ahead, yet it counts in the confidence."""
-    logits = torch.randn(1, 128, generator=igpo.seeded(0)) * 2
-    logits[0, 5], logits[0, -3:] = 30.0, -200.0
-    allowed = logits.clone()
-    allowed[0, 5] = -math.inf
-    u = torch.cat([(torch.arange(19999) + 0.5) / 20000, torch.tensor([1 - 1e-6])])
+    """The mask id, far ahead, is never chosen, yet it counts in the confidence."""
+    logits = torch.randn(128, generator=igpo.seeded(0)) * 2
+    logits[5], logits[-3:] = 30.0, -200.0
+    allowed = logits.index_fill(0, torch.tensor(5), -math.inf)
+    u = torch.linspace(0, 1 - 1e-6, 20000)
     tokens, confidence = igpo.choose_tokens(logits.expand(20000, 128), 5, 0.7, u)
     share = tokens.bincount(minlength=128) / 20000
-    assert torch.allclose(share, (allowed[0] / 0.7).softmax(-1), atol=1e-3)
-    assert torch.allclose(confidence, logits[0].log_softmax(-1)[tokens], rtol=1e-4)
-    assert igpo.choose_tokens(logits, 5, 0.0, None)[0] == allowed.argmax()
+    assert torch.allclose(share, (allowed / 0.7).softmax(-1), atol=1e-3)
+    assert torch.allclose(confidence, logits.log_softmax(-1)[tokens], rtol=1e-4)
 
-def test_groups_are_sampled_as_each_prompt_by_itself():
-    """A prompt's responses depend on its own generator, and on nothing else in the batch."""
-    model, (prompts, mask) = tiny_model(2), padded(random_prompts(3, 5))
-    settings = dict(gen_length=8, block_length=4, steps=4, temperature=1.0)
-    hints = random_prompts(3, 16).view(3, 2, 8).where(torch.arange(8) == 2, MASK)
-    out = igpo.sample_groups(model, prompts, mask, [igpo.seeded(i) for i in range(3)], hints,
-                             group_size=2, rows_per_call=4, **settings)
-    for i in range(3):
-        assert torch.equal(out[i], igpo.sample(
-            model, prompts[[i, i]], prompt_mask=mask[[i, i]], hints=hints[i],
-            generator=igpo.seeded(i), **settings))
-
-def test_rows_that_have_ended_leave_the_batch():
-    model, (prompts, mask) = tiny_model(2), padded(random_prompts(32, 5))
+def test_each_prompt_is_sampled_by_itself():
+    """Whatever else is in the batch, which a row leaves as it ends."""
+    model, (prompts, mask) = tiny_model(2), padded(16)
     model.lm_head.weight.data[END] *= 2  # so that rows end at different places
-    full, early = (igpo.sample(model, prompts, prompt_mask=mask, gen_length=24, block_length=4,
-                               steps=24, temperature=0.5, generator=igpo.seeded(0), stop_early=stop)
-                   for stop in (False, True))
-    blocks = (igpo.counted_tokens(full, END).sum(1, keepdim=True) + 3) // 4
-    assert len(blocks.unique()) > 3  # a row is written up to the block of its end token
-    assert torch.equal(early, torch.where(torch.arange(24) < 4 * blocks, full, END))
+    settings = dict(gen_length=24, block_length=4, steps=24, temperature=0.5)
+    hints = random_prompts(16, 48).view(16, 2, 24).where(torch.arange(24) == 2, MASK)
+    out = igpo.sample_groups(model, prompts, mask, [igpo.seeded(i) for i in range(16)], hints,
+                             group_size=2, rows_per_call=12, stop_early=True, **settings)
+    full = torch.stack([
+        igpo.sample(model, prompts[[i, i]], prompt_mask=mask[[i, i]], hints=hints[i],
+                    generator=igpo.seeded(i), **settings) for i in range(16)])
+    blocks = (igpo.counted_tokens(full, END).sum(-1, keepdim=True) + 3) // 4
+    assert torch.equal(out, torch.where(torch.arange(24) < 4 * blocks, full, END))
+    assert len(blocks.unique()) > 3
 
 @pytest.mark.parametrize("cls, shift", [(LlamaForCausalLM, 0), (Qwen2ForCausalLM, 1)])
 def test_the_cache_computes_the_block_alone(cls, shift):
-    """With one layer, keys and values depend on their own token alone, so that the cache is exact.
-    Where logits are read one position to the left, it computes the token before the block too."""
+    """With one layer, keys and values depend on their own token alone: the cache is exact."""
     model, shapes = tiny_model(2, cls, num_hidden_layers=1, logit_shift=shift), []
-    model.register_forward_pre_hook(
-        lambda _, args, inputs: shapes.append(inputs["input_ids"].shape), with_kwargs=True)
-    prompts, mask = padded(random_prompts(2, 5))
+    model.register_forward_hook(lambda _, args, inputs, output: shapes.append(
+        (*inputs["input_ids"].shape, *output.logits.shape)), with_kwargs=True)
+    prompts, mask = padded(2)
     settings = dict(gen_length=12, block_length=4, steps=12, prompt_mask=mask)
     exact = igpo.sample(model, prompts, **settings)
-    shapes.clear()
     assert torch.equal(igpo.sample(model, prompts, cache="block", **settings), exact)
-    assert shapes == [(2, 5 + 12), *[(2, 4 + shift)] * 3] * 3
-
-def test_an_unknown_cache_is_refused():
+    whole, block = (2, 5 + 12, 2, 4, V), (2, 4 + shift, 2, 4, V)  # ids, logits
+    assert shapes == [whole] * 12 + [whole, block, block, block] * 3
     with pytest.raises(ValueError, match="cache is None or 'block', not 'dual'"):
-        igpo.sample(tiny_model(), random_prompts(1, 3), gen_length=4, block_length=4, steps=4,
-                    cache="dual")
+        igpo.sample(model, prompts, cache="dual", **settings)
 
 def test_the_sampler_costs_what_its_forwards_cost():
-    """Bounds far from what is measured (1.1 and 0.5), since others may use the machine."""
-    model = tiny_model(hidden_size=128, intermediate_size=344, vocab_size=2048,
-                       pad_token_id=None, eos_token_id=None)  # as --model random has none
-    cfg = evaluation.Config(gen_length=128, diffusion_steps=32, batch_size=2, threshold=1e-9)
-    rounds = [evaluation.time_sampler(model, cfg) for _ in range(3)]
-    assert min(rows["exact"]["x bare"] for rows in rounds) < 1.6
-    assert min(rows["cache"]["x bare"] for rows in rounds) < 0.8
-    assert rounds[0]["exact"]["forwards"] == rounds[0]["bare forwards"]["forwards"] == 32
+    cfg = evaluation.Config(gen_length=128, diffusion_steps=32, batch_size=2)
+    rounds = [evaluation.time_sampler(tiny_model(hidden_size=256), cfg) for _ in range(3)]
+    assert min(rows["exact"]["x bare"] for rows in rounds) < 1.6  # here 1.0
+    assert min(rows["cache"]["x bare"] for rows in rounds) < 0.8  # here 0.4
 
 # ------------------------------------------------
 # 3. Hints
 
-@pytest.mark.parametrize("ratio, chunks", [(0, 0), (0.001, 1), (0.29, 29), (0.999, 99), (1, 100)])
-def test_a_hint_is_floor_eta_N_chunks_in_their_places(ratio, chunks):
-    trace = torch.arange(1, 499)  # 100 chunks, the last of 3 tokens
-    hint, again = (igpo.make_hint(trace, ratio, gen_length=600, mask_id=0, min_chunk=5, max_chunk=5,
-                                  generator=igpo.seeded(1)) for _ in range(2))
-    given = hint[:498] != 0
-    assert torch.equal(hint, again) and torch.equal(hint, F.pad(trace * given, (0, 102)))
-    assert sum(piece.all().item() for piece in given.split(5)) == chunks  # one at least
-    assert sum(piece.any().item() for piece in given.split(5)) == chunks  # and whole ones
+def test_a_hint_is_floor_eta_N_chunks():
+    trace, five = torch.arange(1, 999), dict(mask_id=0, min_chunk=5, max_chunk=5)
+    for ratio, chunks in (0, 0), (0.001, 1), (0.29, 29), (0.999, 99), (1, 100):
+        hint, again = (igpo.make_hint(trace, ratio, gen_length=600, room=102, **five,
+                                      generator=igpo.seeded(1)) for _ in range(2))
+        given = hint[:498] != 0  # 100 chunks, the last of 3 tokens
+        assert torch.equal(hint, again)
+        assert torch.equal(hint, F.pad(trace[:498] * given, (0, 102)))  # room for the answer
+        pieces = given.split(5)
+        assert sum(map(torch.any, pieces)) == sum(map(torch.all, pieces)) == chunks
+    assert igpo.make_hint(trace, 1, gen_length=32, **five).tolist() == [1, 2] + [0] * 30
+    assert igpo.make_hint(trace, 1, gen_length=2, **five).tolist() == [0, 0]
 
-def test_a_hint_leaves_room_for_the_answer():
-    trace = torch.arange(1, 401)
-    assert igpo.make_hint(trace, 1, gen_length=32, mask_id=0).tolist() == [1, 2] + [0] * 30
-    assert igpo.make_hint(trace, 1, gen_length=4, mask_id=0, room=1).tolist() == [1, 2, 3, 0]
-    assert igpo.make_hint(trace, 1, gen_length=2, mask_id=0).tolist() == [0, 0]
+def test_chunks_have_any_length_within_bounds():
+    hints = [igpo.make_hint(torch.arange(40), 1e-9, gen_length=70, mask_id=99,
+                            generator=igpo.seeded(seed)) for seed in range(300)]
+    chunks = [hint[hint != 99].tolist() for hint in hints]  # one of each
+    assert set().union(*chunks) == set(range(40))
+    assert {len(c) for c in chunks if c[-1] < 39} == {5, 6, 7, 8, 9, 10}  # the last may be shorter
 
-def test_chunks_have_any_length_within_the_bounds():
-    lengths, places = set(), set()
-    for seed in range(300):
-        hint = igpo.make_hint(torch.arange(40), 1e-9, gen_length=40, mask_id=99, room=0,
-                              generator=igpo.seeded(seed))  # a single chunk
-        chunk = hint[hint != 99].tolist()
-        places |= set(chunk)
-        lengths |= {len(chunk)} if chunk[-1] < 39 else set()  # the last may be shorter
-    assert lengths == {5, 6, 7, 8, 9, 10} and places == set(range(40))
-
-@pytest.mark.parametrize("solution, answer, question, trace", [
-    ("6-5=$1.00 and 720 + 270 = $990.00", "990", "", "6-5=$1.00 and 720 + 270 ="),
-    ("We get 1,200 + 34 = 1,234.\nThe answer is: 1234", "1234", "", "We get 1,200 + 34 ="),
-    (r"So $x = \frac{1}{2}$, hence $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}", "", "So $x ="),
-    (r"It is $\frac{a b}{c + 12}$ or 12.", "12", "", "It is"),  # never inside a command
-    ("There are 120 of 12, so 12.", "12", "", "There are 120 of"),
-    ("max is the a of it", "a", "", "max is the"),
-    ("The sum is -3.\n#### -3", "-3", "", "The sum is"),
-    ("Lyn has 5 apples. 5 + 3 - 3 = 5", "5", "Lyn has 5 apples", "Lyn has 5 apples. 5 + 3 - 3 ="),
-    ("Lyn has 5 apples. 2 + 3 = 5", "5", "Lyn has 50 apples", "Lyn has"),
-    ("Seventy-two.\n#### 72", "72", "", None), ("72", "72", "", None), ("any", "", "", None)])
-def test_the_answer_is_cut_off_the_trace(solution, answer, question, trace):
-    assert igpo.cut_trace(solution, answer, question) == trace
-
-def test_no_toy_trace_holds_its_answer():
+@pytest.mark.parametrize("solution, answer, question", [  # the trace ends at the |
+    ("6-5=$1.00 and 720+270=|$990.00", "990", ""), ("max is the| a of it", "a", ""),
+    ("We get 1,200 + 34 =| 1,234.\nThe answer is: 1234", "1234", ""),
+    (r"So $x =| \frac{1}{2}$, hence $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}", ""),
+    (r"It is| $\frac{a b}{c + 12}$ or 12.", "12", ""),  # never inside a command
+    ("There are 120 of| 12, so 12.", "12", ""), ("The sum is| -3.\n#### -3", "-3", ""),
+    ("Lyn has 5 apples. 5 + 3 - 3 =| 5", "5", "Lyn has 5 apples"),
+    ("Lyn has| 5 apples. 2 + 3 = 5", "5", "Lyn has 50 apples"),
+    ("|Seventy-two.\n#### 72", "72", ""), ("|72", "72", ""), ("|any", "", "")])
+def test_no_trace_holds_its_answer(solution, answer, question):
+    trace = solution.split("|")[0] or None
+    assert igpo.cut_trace(solution.replace("|", ""), answer, question) == trace
     assert all(p.answer not in p.trace for p in igpo.toy_problems(300, 0))
 
 # ------------------------------------------------
-# 4. Rewards. The tables hold, a row for each rule: reference ¦ content of the box
+# 4. Rewards. A row for each rule: reference | a right answer, or reference ≠ a wrong one
 
-RIGHT_ANSWERS = r"""
-18 ¦ \$18.00
-18 ¦ 18\ \text{dollars}
-18 ¦ \text{Janet makes 18 dollars}
-18 ¦ Answer: 18
-18 ¦ **18**
-12 ¦ 12~\mathrm {cm}
-15\mbox{ cm}^2 ¦ 15 \text{ square cm}
-60 ¦ 60 km/h
-3, 5 ¦ 3 books; 5 pens
-\frac{1}{2} ¦ 1/2 of a mile
-\frac{1}{2} ¦ \frac1{2}
-\frac{1}{2} ¦ \frac 1 2
-1\frac{4}{5} ¦ \frac{9}{5}
-1\frac{4}{5} ¦ 1 4/5
-12.5 ¦ 12.5\%
-\frac{1}{10} ¦ 10%
--5 ¦ –5
-5\sqrt{2} ¦ 5√2
-16\sqrt{3} ¦ 16sqrt(3)
-76^\circ ¦ 76°
-76^\circ ¦ 76\degree
-.0000672 ¦ 6.72 × 10^{-5}
-4.5e33 ¦ 4.5 \times 10^{33}
-1e11 ¦ 10^{11}
-1234 ¦ 1 234
-58,500 ¦ 58{,}500
-11,\! 111,\! 100 ¦ 11,111,100
-\pi ¦ about \pi
-5 ¦ \approx 5
-3\pi ¦ 3\pi \approx 9.42
-101 ¦ \boxed{}101
-(1,2) ¦ \bigl(1,2\bigr)
-1,-2 ¦ x=1 \text{ or } x=-2
-(3, \frac{\pi}{2}) ¦ (r,\theta) = (3, \frac{\pi}{2})
-10 ¦ Total = 10 pens
-5x - 7y + 11z + 4 = 0 ¦ 10x-14y+22z+8=0
-(5,\infty) ¦ x > 5
-204_5 ¦ 204
-4210_{5} ¦ 4210_5
-43 ¦ 43_{10}
-\text{(C)} ¦ \textbf{(C)}\ 12
-\text{Evelyn} ¦ evelyn!
-\begin{pmatrix} 1 \\ 2 \end{pmatrix} ¦ \left(\begin{array}{c} 1 \\ 2 \end{array}\right)
-"""
-WRONG_ANSWERS = r"""
-15 ¦ 18 liters
-50 ¦ 0.5\%
-\pi ¦ 3.14159265
-5 ¦ x <= 5
-1 ¦ \frac{0}{0}
-530 ¦ 5 30
-3,1234 ¦ 31234
-1.5000 ¦ 1.5,000
-(100,200) ¦ 100200
-[100,200] ¦ 100200
-\{100,200\} ¦ 100200
-2516_8 ¦ 2516_7
-204_5 ¦ 204_10
-11 ¦ 11_8
-3xyz ¦ 3
-p - q ¦ q - p
-odd ¦ ddo
-\text{even} ¦ \text{not even}
+ANSWERS = r"""
+18 | \$18.00
+18 | 18\ \text{dollars}
+18 | \text{Janet makes 18 dollars}
+18 | Answer: 18
+18 | **18**
+12 | 12~\mathrm {cm}
+15\mbox{ cm}^2 | 15 \text{ square cm}
+60 | 60 km/h
+3, 5 | 3 books; 5 pens
+\frac{1}{2} | 1/2 of a mile
+\frac{1}{2} | \frac1{2}
+\frac{1}{2} | \frac 1 2
+1\frac{4}{5} | \frac{9}{5}
+1\frac{4}{5} | 1 4/5
+12.5 | 12.5\%
+\frac{1}{10} | 10%
+-5 | –5
+5\sqrt{2} | 5√2
+16\sqrt{3} | 16sqrt(3)
+76^\circ | 76°
+76^\circ | 76\degree
+.0000672 | 6.72 × 10^{-5}
+4.5e33 | 4.5 \times 10^{33}
+1e11 | 10^{11}
+1234 | 1 234
+58,500 | 58{,}500
+11,\! 111,\! 100 | 11,111,100
+\pi | about \pi
+5 | \approx 5
+3\pi | 3\pi \approx 9.42
+101 | \boxed{}101
+(1,2) | \bigl(1,2\bigr)
+1,-2 | x=1 \text{ or } x=-2
+(3, \frac{\pi}{2}) | (r,\theta) = (3, \frac{\pi}{2})
+10 | Total = 10 pens
+5x - 7y + 11z + 4 = 0 | 10x-14y+22z+8=0
+(5,\infty) | x > 5
+204_5 | 204
+4210_{5} | 4210_5
+43 | 43_{10}
+\text{(C)} | \textbf{(C)}\ 12
+\text{Evelyn} | evelyn!
+\begin{pmatrix} 1 \\ 2 \end{pmatrix} | \left(\begin{array}{c} 1 \\ 2 \end{array}\right)
+15 ≠ 18 liters
+50 ≠ 0.5\%
+\pi ≠ 3.14159265
+5 ≠ x <= 5
+1 ≠ \frac{0}{0}
+530 ≠ 5 30
+3,1234 ≠ 31234
+1.5000 ≠ 1.5,000
+(100,200) ≠ 100200
+[100,200] ≠ 100200
+\{100,200\} ≠ 100200
+2516_8 ≠ 2516_7
+204_5 ≠ 204_10
+11 ≠ 11_8
+3xyz ≠ 3
+p - q ≠ q - p
+odd ≠ ddo
+\text{even} ≠ \text{not even}
 """
 
 def test_the_rules_of_the_grader():
-    failures = []
-    for table, verdict in (RIGHT_ANSWERS, True), (WRONG_ANSWERS, False):
-        for row in table.strip().split("\n"):
-            reference, answer = row.split(" ¦ ")
-            if igpo.grade(rf"Hence \boxed{{{answer}}}.", reference) != verdict:
-                failures.append(row)
-    assert not failures, "\n".join(failures)
+    rows = [re.split(" ([|≠]) ", row) for row in ANSWERS.strip().split("\n")]
+    assert not [(reference, answer) for reference, sign, answer in rows
+                if igpo.grade(rf"Hence \boxed{{{answer}}}.", reference) != (sign == "|")]
     assert igpo.grade("<answer>\n$18 dollars\n</answer>", 18.0) and not igpo.grade("18", 18)
 
 @pytest.mark.parametrize("completion, answer", [
@@ -393,8 +352,9 @@ HOSTILE = [
     "()" * 140 + "=", "(" * 140 + "x" + ")" * 140, r"\boxed{" * 100_000 + "}" * 100_000,
     "{" * 1_000_000, "<answer>" * 120_000, r"\boxed" + " " * 1_000_000]
 
-def test_hostile_answers_and_references_cost_little():
-    assert igpo.grade(r"\boxed{1+x}", "x+1")
+def test_hostile_answers_are_given_up_and_counted():
+    right = r"\boxed{1+x}", "x+1"
+    assert igpo.grade(*right)
     judge = igpo.judge.pid
     for text in HOSTILE:
         began = time.process_time()
@@ -403,253 +363,185 @@ def test_hostile_answers_and_references_cost_little():
         assert igpo.committed_answer(text + r"\boxed{7}") == "7"
         assert time.process_time() - began < 2, text[:40]
     assert igpo.judge.pid == judge  # it gave up in time by itself
-
-def test_answers_that_are_given_up_are_counted():
     before = igpo.GRADE_TIMEOUTS
     assert not igpo.grade(r"\boxed{9^{9^{9^9}}}", "x+1") and igpo.GRADE_TIMEOUTS == before + 1
     assert not igpo.grade(r"\boxed{2+x}", "x+1") and igpo.GRADE_TIMEOUTS == before + 1
     igpo.judge.kill()
     igpo.judge.wait()
-    assert igpo.grade(r"\boxed{1+x}", "x+1")  # a dead judge is replaced, a stuck one given up
+    assert igpo.grade(*right)  # a dead judge is replaced, a stuck one given up
     os.kill(igpo.judge.pid, signal.SIGSTOP)
     began = time.time()
-    assert not igpo.grade(r"\boxed{1+x}", "x+1") and time.time() - began < 8
-    assert igpo.GRADE_TIMEOUTS == before + 2 and igpo.grade(r"\boxed{1+x}", "x+1")
+    assert not igpo.grade(*right) and time.time() - began < 8
+    assert igpo.GRADE_TIMEOUTS == before + 2 and igpo.grade(*right)
 
 def test_format_score_by_hand():
     form = "<reasoning>\n1+1=2\n</reasoning>\n<answer>\n\\boxed{2}\n</answer>"
-    assert igpo.format_score(form) == 0.75 and igpo.format_score("") == 0
+    assert igpo.format_score(form) == 0.75
     assert igpo.format_score(form + "</answer>") == igpo.format_score(form[1:]) == 0.625
     assert igpo.format_score("\\boxed{2} \\boxed{3}") == 0.25
     assert igpo.format_score("<answer>2</answer>") == 0.125  # the opening tags end their lines
 
 # ------------------------------------------------
-# 5. Elastic roll-out. A response is the number in its first column; 1 is right, all else wrong.
+# 5. Elastic roll-out
 
-G, L = 8, 6
+G, L, TRACE = 8, 6, torch.arange(10, 16)
 
-class Draw:
-    """Stands for the sampler: draws given first columns, keeps hints, remembers what was asked."""
+def test_all_wrong_groups_are_augmented():
+    """Prompt n is the token n and has the generator of seed n. A response is right if it begins
+    with a 1: one of prompt 1's; in the second draw three of prompt 0's and all of prompt 2's."""
+    first = torch.tensor([[0] * G, [1] + [0] * 7, [2] * G, [0] * G])
+    again = torch.tensor([[0] * 5 + [1] * 3, [1] * G])
+    prompts, traces = torch.arange(4)[:, None], [TRACE] * 3 + [None]  # without a trace no hint
 
-    def __init__(self, *batches):
-        self.batches, self.calls = list(batches), []
-
-    def __call__(self, prompts, prompt_mask, generators, hints):
-        self.calls.append((prompts[:, 0].tolist(), hints))
-        assert [g.initial_seed() for g in generators] == prompts[:, 0].tolist()
-        out = torch.full((len(prompts), G, L), 9)
-        if hints is not None:
-            out = torch.where(hints == MASK, out, hints)
-        out[..., 0] = torch.tensor(self.batches.pop(0))
+    def draw(prompts, prompt_mask, generators, hints):
+        draws.append((prompts[:, 0].tolist(), hints))
+        assert [g.initial_seed() for g in generators] == draws[-1][0]
+        out = torch.randint(99, (len(prompts), G, L))
+        out[..., 0] = first if hints is None else again
         return out
 
-def roll(draw, N, traces=None, **settings):
-    """Roll out N prompts; prompt n is the token n and has the generator of seed n."""
-    prompts = torch.arange(N)[:, None]
-    return igpo.rollout(
-        draw, lambda completion, answer: completion[0].item() == answer, prompts, prompts >= 0,
-        [1] * N, traces or [torch.arange(10, 10 + L)] * N,
-        [torch.Generator().manual_seed(n) for n in range(N)],
-        mask_id=MASK, **dict(chunk=(1, 1), eta=(0.4, 0.9), room=0) | settings)
-
-def test_hints_are_for_all_wrong_groups_alone():
-    draw = Draw([[0] * G, [1] + [0] * 7, [2] * G, [0] * G], [[0] * 5 + [1] * 3, [0] * G])
-    out = roll(draw, 4, [torch.arange(10, 16)] * 3 + [None])  # without a trace there is no hint
-    assert [prompts for prompts, _ in draw.calls] == [[0, 1, 2, 3], [0, 2]]
-    assert out.first_correct.sum(1).tolist() == [0, 1, 0, 0]
-    assert out.correct.sum(1).tolist() == [3, 1, 0, 0]
-    assert torch.equal(out.completions[1:], out.first[1:]) and not out.hinted[1:].any()
-    hints = draw.calls[1][1]
-    assert set((hints != MASK).sum(-1).flatten().tolist()) == {2, 3, 4, 5}  # each its own eta
-    for g in range(3):  # the hint mask travels with the response it belongs to
-        assert torch.equal(out.completions[0, g], out.second[0, 5 + g])
-        assert torch.equal(out.hinted[0, g], hints[0, 5 + g] != MASK)
-
-@pytest.mark.parametrize("right, lam, K", [(3, 0.5, 3), (7, 0.5, 4), (8, 1.0, 8), (8, 0.3, 2)])
-def test_K_responses_are_replaced(right, lam, K):
-    out = roll(Draw([[0] * G], [[0] * (G - right) + [1] * right]), 1, lam=lam)
-    assert out.correct.sum() == K == (out.completions[0, :, 0] == 1).sum()
-    A, rho = igpo.group_advantages(out.correct), K / G  # Theorem 1
-    assert A.square().mean().item() == pytest.approx(rho * (1 - rho))
-
-def test_algorithms():
-    draw = Draw([[0] * G])
-    assert not roll(draw, 1, algo="grpo").correct.any() and len(draw.calls) == 1
-    draw = Draw([[0] * G, [0] * G], [[1] * G])  # sample-matched: the groups that igpo would draw
-    out = roll(draw, 2, [None, torch.arange(10, 16)], algo="resample")
-    assert draw.calls[1][0] == [1] and (draw.calls[1][1] == MASK).all()
-    assert out.correct.sum(1).tolist() == [0, 4] and not out.hinted.any()
-    draw = Draw([[0] * G], [[1] * G])
-    roll(draw, 1, eta=(1.0, 1.0))
-    assert torch.equal(draw.calls[1][1][0], torch.arange(10, 16).expand(G, L))
+    for algo, lam, *replaced in [("grpo", 0.5), ("resample", 0.5, 3, 4), ("igpo", 0.3, 2, 2),
+                                 ("igpo", 0.5, 3, 4), ("igpo", 1.0, 3, 8)]:
+        draws = []
+        out = igpo.rollout(
+            draw, lambda o, answer: o[0].item() == answer, prompts, prompts >= 0, [1] * 4, traces,
+            [torch.Generator().manual_seed(n) for n in range(4)], mask_id=MASK, algo=algo,
+            lam=lam, eta=(0.4, 0.9), chunk=(1, 1), room=0)
+        assert torch.equal(out.first_correct, first == 1)
+        assert torch.equal(out.correct, out.completions[..., 0] == 1)
+        want, hinted = out.first.clone(), torch.zeros(4, G, L).bool()
+        if algo != "grpo":  # resample is sample-matched: it draws what igpo would
+            asked, hints = draws[1]
+            given = hints != MASK
+            assert asked == [0, 2] and torch.equal(hints, torch.where(given, TRACE, MASK))
+            counts = set(given.sum(-1).flatten().tolist())  # each response has its own eta
+            assert counts == ({2, 3, 4, 5} if algo == "igpo" else {0})
+            for s, n, K in zip([0, 1], [0, 2], replaced):  # a hint mask goes with its response
+                winners = again[s].nonzero().flatten()[:K]
+                want[n, :K], hinted[n, :K] = out.second[s, winners], given[s, winners]
+        assert torch.equal(out.completions, want) and torch.equal(out.hinted, hinted)
+        assert len(draws) == 1 + (algo != "grpo")
 
 # ------------------------------------------------
 # 6. Log-probabilities
 
 def test_one_forward_serves_the_group():
-    """The released code runs each of the N * G rows by itself; here also without padding."""
-    model, (prompts, mask) = tiny_model(1), padded(random_prompts(2, 5))
+    """Here each row runs by itself, and without padding."""
+    model, (prompts, mask) = tiny_model(1), padded(2)
     completions = torch.randint(0, V, (2, 3, 7), generator=igpo.seeded(0))
     logps, entropy = igpo.completion_logps(model, prompts, completions, prompt_mask=mask)
     for n in range(2):
-        for g in range(3):
-            canvas = torch.cat([prompts[n][mask[n]], torch.full((7,), MASK)])
-            table = model(canvas[None]).logits[0, -7:].log_softmax(-1)
-            assert torch.allclose(logps[n, g], table[range(7), completions[n, g]], atol=1e-4)
-            assert torch.allclose(entropy[n], -(table.exp() * table).sum(-1), atol=1e-4)
+        canvas = torch.cat([prompts[n][mask[n]], torch.full((7,), MASK)])
+        table = model(canvas[None]).logits[0, -7:].log_softmax(-1)
+        assert torch.allclose(logps[n], table[range(7), completions[n]], atol=1e-4)
+        assert torch.allclose(entropy[n], -(table.exp() * table).sum(-1), atol=1e-4)
     assert logps.requires_grad and not entropy.requires_grad  # the entropy selects, no more
 
 # ------------------------------------------------
 # 7. The IGPO objective
 
 def test_advantages_are_centred_not_scaled():
-    rewards = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]])
-    want = torch.tensor([[0.75, -0.25, -0.25, -0.25], [0.5, 0.5, -0.5, -0.5], [0, 0, 0, 0]])
-    for kind in torch.bool, torch.int64, torch.float32:
-        assert torch.equal(igpo.group_advantages(rewards.to(kind)), want)
+    rewards = torch.tensor([[True, False, False, False], [True, True, False, False]])
+    want = torch.tensor([[0.75, -0.25, -0.25, -0.25], [0.5, 0.5, -0.5, -0.5]])
+    assert torch.equal(igpo.group_advantages(rewards), want)
 
-def test_entropy_filter_keeps_the_most_uncertain():
+def test_the_most_uncertain_hints_learn():
     entropy = torch.tensor([[0.5, 3.0, 0.1, 2.0, 9.0, 1.0]])
-    hints = torch.tensor([[[1, 1, 1, 1, 0, 1], [0, 0, 0, 0, 1, 1]]]).bool()  # (N = 1, G = 2, L)
+    hints = torch.tensor([[[1, 1, 1, 1, 0, 1], [0, 0, 0, 0, 1, 1]]]).bool()
     for keep, first, second in [
             (0, [4], [0, 1, 2, 3]), (1e-5, [1, 4], [0, 1, 2, 3, 4]),
-            (0.4, [1, 3, 4], [0, 1, 2, 3, 4]), (0.5, [1, 3, 4, 5], [0, 1, 2, 3, 4]),
-            (1, [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5])]:
+            (0.5, [1, 3, 4, 5], [0, 1, 2, 3, 4])]:
         learn = igpo.entropy_filter(entropy, hints, keep)
         assert [row.nonzero().flatten().tolist() for row in learn[0]] == [first, second]
-    # 0.3 * 170 is 51, also in floating point
-    assert igpo.entropy_filter(torch.rand(170), torch.ones(170).bool(), 0.3).sum() == 51
+    for H, keep, kept in (170, 0.3, 51), (100, 0.07, 7):  # also in floating point
+        assert igpo.entropy_filter(torch.rand(H), torch.ones(H).bool(), keep).sum() == kept
 
-@pytest.mark.parametrize("ratio", ["sequence", "token"])
-def test_policy_loss_is_the_formula(ratio):
+def test_the_policy_loss():
+    """As a loop over the tokens that learn, with its gradient."""
     g = igpo.seeded(2)
     logps, old, ref = (-torch.rand(2, 4, 6, generator=g) * 4 for _ in range(3))
     A, mask = torch.randn(2, 4, generator=g), torch.rand(2, 4, 6, generator=g) < 0.7
     mask[1, 3] = False  # a response of which nothing learns adds nothing, and no nan
-    want = 0.0
-    for n in range(2):
-        for i in range(4):
-            places = mask[n, i].nonzero().flatten().tolist()
-            for k in places:
-                d = (logps - old)[n, i, [k] if ratio == "token" else places].mean().item()
-                rho, a = math.exp(d), A[n, i].item()
-                clipped = min(max(rho, 0.8), 1.2)
-                d = (ref - logps)[n, i, k].item()
-                kl = math.exp(d) - d - 1
-                want -= (min(rho * a, clipped * a) - 0.3 * kl) / len(places) / 8
-    loss, _ = igpo.policy_loss(logps, old, ref, A, mask, epsilon=0.2, beta=0.3, ratio=ratio)
-    assert loss.item() == pytest.approx(want, rel=1e-5)
-
-def test_policy_loss_by_hand():
-    """Clipped is what went too far its own way: a right response (A = 1) now 1.5 times as likely,
-    a wrong one half as likely. Else token k of o_i has the gradient -rho_i A_i / (G |o_i|)."""
-    rho, A = torch.tensor([1.5, 1.5, 0.5, 0.5]), torch.tensor([[1.0, -1.0, 1.0, -1.0]])
-    logps, zeros = rho.log().expand(1, 2, 4).mT.clone().requires_grad_(), torch.zeros(1, 4, 2)
-    mask = torch.tensor([[[1, 1], [1, 1], [1, 0], [1, 1]]])
-    loss, metrics = igpo.policy_loss(logps, zeros, None, A, mask, epsilon=0.2, beta=0)
-    loss.backward()
-    assert loss.item() == pytest.approx(-(1.2 - 1.5 + 0.5 - 0.8) / 4)
-    assert torch.allclose(logps.grad, torch.tensor(
-        [[[0, 0], [1.5 / 8, 1.5 / 8], [-0.5 / 4, 0], [0, 0]]]))
-    assert metrics == pytest.approx({"kl": 0, "ratio": 1, "clip_fraction": 0.5})
-    # The KL is estimated by k3 = x - 1 - log x for x = pi_ref / pi.
-    _, metrics = igpo.policy_loss(logps, logps, zeros, A, mask)
-    want = (1 / 1.5 - 1 + math.log(1.5) + 1 / 0.5 - 1 + math.log(0.5)) / 2
-    assert metrics["kl"] == pytest.approx(want)
-
-def test_an_update_makes_right_responses_likelier():
-    """The sign of everything at once: model, log-probabilities, advantages, loss, optimizer."""
-    model, prompts = tiny_model(1), random_prompts(2, 5)
-    completions = torch.randint(0, V, (2, 4, 6), generator=igpo.seeded(0))
-    right = torch.tensor([[True, False, False, False], [False, True, True, False]])
-    optimizer, gaps, old = torch.optim.AdamW(model.parameters()), [], None
-    for _ in range(4):
-        logps, _ = igpo.completion_logps(model, prompts, completions)
-        old = logps.detach() if old is None else old
-        gaps.append((logps[right].mean() - logps[~right].mean()).item())
-        igpo.policy_loss(logps, old, old, igpo.group_advantages(right),
-                         torch.ones_like(completions))[0].backward()
-        igpo.optimizer_step(model, optimizer, 1e-3, 1.0)
-    assert gaps[-1] > gaps[0] + 0.1
+    logps.requires_grad_()
+    for kind in "sequence", "token":
+        want = torch.zeros(4)
+        for n, i, k in mask.nonzero().tolist():
+            rho = (logps - old)[n, i, mask[n, i] if kind == "sequence" else [k]].mean().exp()
+            full, clipped = rho * A[n, i], rho.clamp(0.8, 1.2) * A[n, i]
+            x = (ref - logps)[n, i, k].exp()
+            kl = x - 1 - x.log()  # k3
+            row = [0.3 * kl - min(full, clipped), kl, rho, (clipped < full).float()]
+            want = want + torch.stack(row) / mask[n, i].sum() / 8
+        loss, found = igpo.policy_loss(logps, old, ref, A, mask, epsilon=0.2, beta=0.3, ratio=kind)
+        assert [loss.item(), *found.values()] == pytest.approx(want.tolist(), rel=1e-4)
+        assert torch.allclose(*(torch.autograd.grad(y, logps)[0] for y in (loss, want[0])))
+    assert igpo.policy_loss(logps, old, None, A, mask, beta=0)[1]["kl"] == 0
 
 # ------------------------------------------------
 # 8. The SFT objective
 
-def test_sft_loss_is_the_formula():
-    model, (prompts, mask) = tiny_model(1), padded(random_prompts(3, 5))
-    completions = F.pad(random_prompts(3, 5, 2), (0, 3), value=END)  # (3, 8), padding included
-    t, want, nll = torch.tensor([0.3, 0.6, 0.9]), 0.0, 0.0
+def test_the_sft_loss():
+    model, (prompts, mask) = tiny_model(1), padded(3)
+    completions = F.pad(random_prompts(3, 5, 2), (0, 3), value=END)  # padding included
+    t, nll = torch.tensor([0.3, 0.6, 0.9]), torch.zeros(3)
     loss, metrics = igpo.sft_loss(model, prompts, completions, prompt_mask=mask, t=t,
                                   generator=igpo.seeded(7))
     masked = igpo.uniform_noise((3, 8), igpo.seeded(7), "cpu") < t[:, None]
     for b in range(3):
         canvas = torch.cat([prompts[b][mask[b]], torch.where(masked[b], MASK, completions[b])])
-        logp = model(canvas[None]).logits[0, -8:].log_softmax(-1)
-        for k in masked[b].nonzero().flatten().tolist():
-            want -= logp[k, completions[b, k]].item() / t[b].item() / (3 * 8)
-            nll -= logp[k, completions[b, k]].item() / masked.sum().item()
-    assert loss.item() == pytest.approx(want, rel=1e-4)
-    assert metrics["nll"] == pytest.approx(nll, rel=1e-4)
-
-def test_sft_loss_draws_t_uniformly_and_may_mask_nothing():
-    inputs = tiny_model(1), random_prompts(400, 1), random_prompts(400, 9)
-    _, metrics = igpo.sft_loss(*inputs, generator=igpo.seeded(0))
-    assert 0.45 < metrics["masked"] < 0.55
-    loss, metrics = igpo.sft_loss(*inputs, t=torch.full((400,), 1e-9))
+        logps = model(canvas[None]).logits[0, -8:].log_softmax(-1)[range(8), completions[b]]
+        nll[b] = -logps[masked[b]].sum()
+    assert loss.item() == pytest.approx((nll / t).sum().item() / (3 * 8), rel=1e-4)
+    assert metrics["nll"] == pytest.approx((nll.sum() / masked.sum()).item(), rel=1e-4)
+    loss, metrics = igpo.sft_loss(model, prompts, completions, t=torch.full((3,), 1e-9))
     assert loss.item() == 0 and metrics == {"nll": 0.0, "masked": 0.0}
+    _, metrics = igpo.sft_loss(model, random_prompts(400, 1), random_prompts(400, 9))
+    assert 0.4 < metrics["masked"] < 0.6  # t is uniform
 
 # ------------------------------------------------
 # Each public function lifts out of igpo.py with the names that it needs, and nothing else.
 
 LIFTS = [  # the lines to copy, at most, and a test that the copy passes too
-    ("load_model", 97, test_dream_is_read_one_to_the_left),
-    ("sample", 100, test_rows_that_have_ended_leave_the_batch),
-    ("make_hint", 30, test_a_hint_leaves_room_for_the_answer),
-    ("grade", 120, test_the_rules_of_the_grader), ("rollout", 70, test_algorithms),
+    ("load_model", 90, test_dream_is_read_one_to_the_left),
+    ("sample", 100, test_each_prompt_is_sampled_by_itself),
+    ("make_hint", 30, test_a_hint_is_floor_eta_N_chunks),
+    ("grade", 110, test_the_rules_of_the_grader),
+    ("rollout", 70, test_all_wrong_groups_are_augmented),
     ("completion_logps", 40, test_one_forward_serves_the_group),
     ("group_advantages", 30, test_advantages_are_centred_not_scaled),
-    ("entropy_filter", 30, test_entropy_filter_keeps_the_most_uncertain),
-    ("policy_loss", 30, test_policy_loss_by_hand), ("sft_loss", 40, test_sft_loss_is_the_formula)]
-
-def names(code, kinds, inside=True):
-    """The names that instructions of these kinds hold, in compiled code and the functions in it."""
-    found = {step.argval for step in dis.get_instructions(code) if step.opname in kinds}
-    inner = [const for const in code.co_consts if inside and isinstance(const, types.CodeType)]
-    return found.union(*(names(const, kinds) for const in inner))
-
-def lifted(name):
-    """-> the function, compiled with nothing but what it needs, and the lines copied for that."""
-    defined, reads, wanted, nodes = {}, {}, [name], []
-    for node in ast.parse((HERE / "igpo.py").read_text()).body:
-        code = compile(ast.Module([node], []), "igpo.py", "exec")
-        reads[node] = names(code, ("LOAD_NAME", "LOAD_GLOBAL"))  # no local variables
-        fills_a_table = reads[node] if isinstance(node, ast.For) else set()
-        for bound in names(code, ("STORE_NAME",), inside=False) | fills_a_table:
-            defined.setdefault(bound, []).append(node)
-    while wanted:
-        for node in defined.get(wanted.pop(), []):
-            if node not in nodes:
-                nodes.append(node)
-                wanted += reads[node] - {"block_cache"}  # the exact sampler does without
-    nodes.sort(key=lambda node: node.lineno)
-    namespace, lines = {"__name__": "lifted"}, 0
-    exec(compile(ast.Module(nodes, []), "lifted", "exec"), namespace)
-    for node in nodes:
-        if not isinstance(node, (ast.Import, ast.ImportFrom)):
-            decorators = getattr(node, "decorator_list", [])
-            lines += node.end_lineno + 1 - min(n.lineno for n in [node, *decorators])
-    return namespace[name], lines
+    ("entropy_filter", 30, test_the_most_uncertain_hints_learn),
+    ("policy_loss", 30, test_the_policy_loss),
+    ("sft_loss", 40, test_the_sft_loss)]
 
 @pytest.mark.parametrize("name, most, check", LIFTS)
 def test_each_public_function_lifts_out(name, most, check, monkeypatch, tmp_path):
-    function, lines = lifted(name)
-    print(f"{name}: {lines} lines copied")
-    monkeypatch.setattr(igpo, name, function)
+    binds, reads, needed, before = {}, {}, {name}, None
+    for node in ast.parse((HERE / "igpo.py").read_text()).body:
+        codes = [compile(ast.Module([node], []), "igpo.py", "exec")]
+        for code in codes:  # and the functions in it
+            codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+        steps = [step for code in codes for step in dis.get_instructions(code)]
+        binds[node] = {step.argval for step in steps if step.opname == "STORE_NAME"}
+        reads[node] = {step.argval for step in steps if step.opname in ("LOAD_NAME", "LOAD_GLOBAL")}
+    while needed != before:
+        before, nodes = needed, [node for node in binds if binds[node] & needed]
+        needed = needed.union(*map(reads.get, nodes)) - {"block_cache"}  # the exact one has none
+    copy = {"__name__": "copy"}
+    exec(compile(ast.Module(nodes, []), "copy", "exec"), copy)
+    monkeypatch.setattr(igpo, name, copy[name])
     check(*[tmp_path] * check.__code__.co_argcount)
-    assert lines <= most
+    copied = [node for node in nodes if not isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert sum(node.end_lineno - node.lineno + 1 for node in copied) <= most
 
 # ------------------------------------------------
 # The recipe (sections 9 to 11): most tests run main() on a LLaDA-format folder with random weights.
+
+# ------------------------------------------------
+# The recipe (sections 9 to 11): most tests run main() on a LLaDA-format folder with random weights.
+
+@pytest.fixture(autouse=True)
+def group_of_one():
+    igpo.setup()
 
 def meta(query, response, kind="GSM_AnsAug"):
     return {"type": kind, "query": query, "response": response}
@@ -678,145 +570,144 @@ def flags(world, out, *more, sft=True):
 
 def lines_of(out, stage="rl"):
     """The lines of one stage in metrics.jsonl, less what depends on the clock."""
-    return [{k: v for k, v in line.items() if not k.startswith(("seconds", "tokens_", "tflops"))}
+    return [{k: v for k, v in line.items() if not k.startswith(("seconds", "tokens_"))}
             for line in igpo.read_lines(out / "metrics.jsonl") if line["stage"] == stage]
 
-def arbitrary(completion, reference):
+@pytest.fixture
+def arbitrary_grades(monkeypatch):
     """In place of grade: a random model's answers are never right, and IGPO would have no work."""
-    return zlib.crc32(completion.encode()) % 8 == 0
+    monkeypatch.setattr(igpo, "grade", lambda text, reference: zlib.crc32(text.encode()) % 8 == 0)
 
-def same_runs(a, b):
+def same_runs(a, b, rel=0.0):
     for stage in "sft", "rl", "eval":
-        assert lines_of(a, stage) == lines_of(b, stage)
+        for x, y in zip(lines_of(a, stage), lines_of(b, stage), strict=True):
+            for name in x.keys() | y.keys():
+                if rel and isinstance(y[name], float):
+                    assert x[name] == pytest.approx(y[name], rel=rel, abs=1e-7), (stage, x, y)
+                else:
+                    assert x[name] == y[name], (stage, x, y)
     a, b = (load_file(out / "final" / "model.safetensors") for out in (a, b))
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert rel or all(torch.equal(a[name], b[name]) for name in a)
 
-# Wrong inputs: what to do to a copy of the world, the flags, and what the line must say.
+# Wrong inputs: what to do to a copy of the world, in which run/ was killed; flags; the one line.
 
 def put(name, content):
-    """Replace a file; None: remove it; a number: cut it to so many bytes."""
-    def edit(world):
-        path = world / name
+    """Replace a file by bytes or by rows; None: remove it; a number: cut it to so many bytes."""
+    def edit():
+        path = Path(name)
         if content is None:
             path.unlink()
-        elif isinstance(content, int):
-            path.write_bytes(path.read_bytes()[:content])
+        elif isinstance(content, list):
+            write_jsonl(path, *content)
         else:
-            path.write_bytes(content.encode() if isinstance(content, str) else content)
+            path.write_bytes(path.read_bytes()[:content] if content in SIZES else content)
     return edit
 
 def config(**changes):
-    def edit(world):
-        path = world / "m" / "config.json"
-        raw = json.loads(path.read_text()) | changes
-        path.write_text(json.dumps({k: v for k, v in raw.items() if v != "gone"}))
+    def edit():
+        raw = json.loads(Path("m/config.json").read_text()) | changes
+        put("m/config.json", [{k: v for k, v in raw.items() if v != "gone"}])()
     return edit
 
-def weights(change):
-    def edit(world):
-        tensors = load_file(world / "m" / "model.safetensors")
-        change(tensors)
-        save_file(tensors, world / "m" / "model.safetensors")
+def weights(name, value):
+    def edit():
+        tensors = load_file("m/model.safetensors") | {name: value}
+        save_file({k: v for k, v in tensors.items() if v is not None}, "m/model.safetensors")
     return edit
 
 def data(content, name="data.jsonl", flag="--train_data"):
-    """Such a file for --train_data; lists are rows."""
-    if isinstance(content, list):
-        content = "".join(json.dumps(row) + "\n" for row in content)
-    return put(name, content), f"{flag} WORLD/{name}"
+    return put(name, content), f"{flag} {name}"
 
-SFT = "--stage sft --sft_length 8 --sft_data WORLD/sft.jsonl"
-REWRITE = "--stage rewrite --rewriter WORLD/m --rewrite_data WORLD/sft.jsonl"
+SIZES = 99, 1000, 5000
+SFT = "--stage sft --sft_length 8 --sft_data sft.jsonl"
+REWRITE = "--stage rewrite --rewriter m --rewrite_data sft.jsonl"
 GOOD = meta("1.1=", "The answer is: 5")
-NORM = "model.transformer.ln_f.weight"
+NORM, SHARD = "model.transformer.ln_f.weight", "run/checkpoint-rl-2/__0_0.distcp"
 WRONG = [
-    (None, "--preset nonsense", "no preset 'nonsense'; there are llada, toy"),
-    (None, "--nonsense 1", "unrecognized arguments: --nonsense 1"),
-    (None, "--algo ppo", "--algo: invalid choice: 'ppo'"),
-    (None, "--max_steps many", "--max_steps.*invalid int"),
-    (None, "--lr 0", r"--lr is within 1e-12..1, not 0"),
+    (None, "--preset nonsense", "--preset: invalid choice: 'nonsense'"),
+    (None, "--group_size 1", "--group_size is within 2..1e9, not 1"),
     (None, "--tau nan", "--tau is within 0..1, not nan"),
-    (None, "--eta_low 0.9", "--eta_low 0.9 is above --eta_high 0.6"),
-    (None, "--min_chunk 4", "--min_chunk 4 is above --max_chunk 3"),
+    (None, "--eta_low 0.9", "--eta_low is above --eta_high"),
+    (None, "--min_chunk 4", "--min_chunk above --max_chunk"),
     (None, "--gen_length 21", "gen_length 21 .*block_length 8"),
-    (None, "--diffusion_steps 3", "diffusion_steps 3 of the number of blocks"),
     (None, "--stage sft", "--stage sft needs --sft_data"),
-    ("three processes", "", "--prompts_per_step 4 is no multiple of 3 processes"),
-    ("three processes", "--prompts_per_step 3 --sft_batch 4", "--sft_batch 4"),
-    ("no peft", "--lora_rank 2", "--lora_rank needs peft: pip install peft"),
-    ("no wandb", "--wandb project", "--wandb needs wandb: pip install wandb"),
-    (put("file", ""), "--out_dir WORLD/file", "file: Not a directory"),
-    (None, "--out_dir /proc/igpo/run", "/proc/igpo/run"),
-    (None, "--out_dir WORLD/m", "WORLD/m is not empty"),
-    (None, "--resume", "OUT/config.json: No such file"),
+    ("three processes", "", "--prompts_per_step 4 .* 3 processes"),
+    (put("file", b""), "--out_dir file", "file: Not a directory"),
+    (None, "--out_dir m", "m is not empty"),
+    (None, "--out_dir absent --resume", "absent/config.json: No such file"),
     (None, "--model GSAI-ML/LLaDA-8B-Instruct", "needs GPUs"),
     # data
-    (None, "--train_data WORLD/absent.jsonl", "absent.jsonl: No such file"),
-    (None, "--train_data WORLD/absent.csv", "absent.csv"),
-    (*data(""), "data.jsonl holds no rows"),
-    (*data("7", "data.json"), "data.json"),
-    (*data("type,query\na,b\n", "data.csv"), "csv, row 1, column 'response': None is no text"),
-    (*data("PAR1", "data.parquet"), "data.parquet"),
-    (*data(b"\xff\xfe{}"), "data.jsonl: .*utf-8"),
-    (*data('{"type": 1}\n{oops\n'), "data.jsonl, line 2: "),
-    (*data([GOOD, 7]), "row 2, column 'type'"),
-    (*data([GOOD, GOOD | {"query": None}]), "row 2, column 'query': None is no text"),
-    (*data([GOOD | {"response": 7}]), "row 1, column 'response': 7 is no text"),
-    (*data([GOOD, GOOD | {"query": "\ud800"}]), "row 2, column 'query': .*surrogate"),
-    (*data([meta("1", "no answer"), meta("2", "The answer is: 3", "other")]), "no row of type GSM"),
-    (*data([GOOD]), "has 1 problems, no more than --eval_size"),
-    (None, "--max_prompt_length 2", "prompts are longer than --max_prompt_length 2"),
+    (None, "--train_data absent.jsonl", "absent.jsonl"),
+    (*data(b""), "data.jsonl"),
+    (*data(b"type,query\na,b\n", "data.csv"), "csv, row 1: None in column 'response' is no text"),
+    (*data(b"PAR1", "data.parquet"), "data.parquet"), (*data(b"\xff\xfe{}"), "data.jsonl"),
+    (*data([GOOD, GOOD | {"query": None}]), "row 2: None in column 'query' is no text"),
+    (*data([GOOD, GOOD | {"query": "\ud800"}]), "data.jsonl"),
+    (*data([GOOD, meta("2", "no answer"), meta("3", "The answer is: 3", "other")]),
+     "no more than --eval_size 4 rows of type GSM_AnsAug"),
+    (None, "--max_prompt_length 2", "all prompts exceed --max_prompt_length 2"),
     (None, "--gen_length 512 --diffusion_steps 64", "prompt of 4 and .* of 512 .* 128 positions"),
-    (None, f"{SFT} --sft_length 2", "all examples exceed"),
+    (None, f"{SFT} --sft_length 2", "all completions exceed --sft_length 2"),
     (None, f"{SFT} --sft_length 125", "prompt of 4 and a completion of 125 .* 128 positions"),
-    (*data([{"prompt": "1"}], flag=f"{SFT} --sft_data"), "row 1, column 'completion': None"),
+    (*data([{"prompt": "1"}], flag=f"{SFT} --sft_data"), "row 1: None in column 'completion'"),
+    (None, REWRITE, "row 1: None in column 'problem'"),
+    (*data([{"problem": "1", "answer": "1", "solution": "1"}],
+           flag=f"{REWRITE} --rewriter absent --rewrite_data"), "absent: "),
     # the model
-    (put("m/config.json", None), "", "m: No such file"),
-    (put("m/config.json", ""), "", "m: Expecting value"),
-    (put("m/config.json", "[]"), "", "m: "),
-    (config(n_layers="two"), "", "m: "), (config(n_heads=5), "", "m: "),
+    (put("m/config.json", None), "", "m: No such file"), 
+    (put("m/config.json", b""), "", "m: Expecting value"), (config(n_heads=5), "", "m: "),
     (config(mlp_hidden_size="gone"), "", "m: .*mlp_hidden_size"),
     (config(mask_token_id=99), "", "m: token 99 is not among the"),
     (config(eos_token_id=None), "", "m: .*eos_token_id"),
     (config(model_type="gpt2"), "", "'gpt2' is not supported"), (config(alibi=True), "", "alibi"),
     (config(weight_tying=True), "", "ties head and embedding"),
     (put("m/tokenizer.json", None), "", "m has no tokenizer"),
-    (put("m/tokenizer.json", 99), "", "m: "),
     (put("m/model.safetensors", None), "", "m: .*model.safetensors"),
-    (put("m/model.safetensors", ""), "", "m: "), (put("m/model.safetensors", 5000), "", "m: "),
-    (weights(lambda w: w.pop(NORM)), "", "missing_keys model.norm"),
-    (weights(lambda w: w.update(extra=torch.ones(2))), "", "unexpected_keys extra"),
-    (weights(lambda w: w.update({NORM: torch.ones(7)})), "", "mismatched_keys .*model.norm"),
-    # rewriting
-    (None, REWRITE, "row 1, column 'problem': None is no text"),
-    (*data([{"problem": "1", "answer": "1", "solution": "1"}],
-           flag=f"{REWRITE} --rewriter WORLD/absent --rewrite_data"), "absent: ")]
+    (put("m/model.safetensors", 5000), "", "m: "),
+    (weights(NORM, None), "", "missing_keys model.norm"),
+    (weights("extra", torch.ones(2)), "", "unexpected_keys extra"),
+    # the run
+    (put("run/config.json", 99), "--resume", "config.json: "),
+    (put("run/checkpoint-rl-2/metrics.jsonl", None), "--resume", "run: No such file"),
+    (put(SHARD, 1000), "--resume", "checkpoint-rl-2: "),
+    (put(SHARD, None), "--resume", "checkpoint-rl-2: "),
+    (lambda: Path("run/checkpoint-rl-2").rename("run/checkpoint-rl-9"), "--resume", "beyond the 3"),
+    (put("run/sft/tokenizer.json", None), "--resume", "sft has no tokenizer"),
+    (put("run/sft/model.safetensors", 1000), "--resume", "run/sft: "),
+    (lambda: shutil.rmtree("run/sft"), "--resume", "run/sft: ")]
 
-def test_what_a_user_gets_wrong_is_one_line_that_names_it(world, tmp_path, monkeypatch, capfd):
+def refusal(argv):
+    """The one line that main() ends with."""
+    try:
+        igpo.main(argv)
+    except igpo.UsageError as error:
+        return str(error) if "\n" not in str(error) and len(str(error)) < 400 else "TOO LONG"
+    except BaseException as error:
+        return f"TRACEBACK {error!r}"
+    return "accepted"
+
+def test_what_a_user_gets_wrong_is_one_line_that_names_it(world, tmp_path, monkeypatch, capfd,
+                                                          arbitrary_grades):
     failures = []
+    shutil.copytree(world, tmp_path / "base")
+    monkeypatch.chdir(tmp_path / "base")
+    broken(flags(Path(), "run"), "rl", 3)
+    capfd.readouterr()
     for number, (damage, wrong, message) in enumerate(WRONG):
-        here, out = tmp_path / f"{number}", tmp_path / f"{number}" / "run"
-        shutil.copytree(world, here)
+        shutil.copytree(tmp_path / "base", tmp_path / f"{number}")
+        monkeypatch.chdir(tmp_path / f"{number}")
+        resumes = wrong == "--resume"
         with monkeypatch.context() as patch:
             if damage == "three processes":
                 patch.setattr(igpo, "world", lambda: 3)
-            elif isinstance(damage, str):
-                patch.setitem(sys.modules, damage.removeprefix("no "), None)
             elif damage:
-                damage(here)
-            argv = flags(here, out, *wrong.replace("WORLD", str(here)).split(), sft=False)
-            before, said = sorted(here.rglob("*")), None
-            try:
-                igpo.main(argv)
-            except igpo.UsageError as error:
-                said = str(error)
-            except BaseException as error:
-                said = f"TRACEBACK {error!r}"
-        message = message.replace("WORLD", str(here)).replace("OUT", str(out))
-        if not re.search(message, said or "") or "\n" in said or len(said) > 400:
-            failures.append(f"{wrong or damage} -> {said!r}, not {message!r}")
-        elif sorted(here.rglob("*")) != before:
-            failures.append(f"{wrong or damage} left something behind")
+                damage()
+            before = sorted(Path().rglob("*"))
+            said = refusal(flags(Path(), "run" if resumes else "out", *wrong.split(), sft=resumes))
+        if not re.search(message, said):
+            failures.append(f"{wrong or message} -> {said!r}, not {message!r}")
+        elif sorted(Path().rglob("*")) != before:
+            failures.append(f"{wrong or message} left something behind")
     assert not failures, "\n".join(failures)
     assert capfd.readouterr().err == ""
 
@@ -827,7 +718,6 @@ def test_the_default_preset_without_a_gpu_exits_with_status_2():
     assert done.stderr.startswith("igpo.py: ") and "python igpo.py --preset toy" in done.stderr
 
 def test_every_number_is_refused_or_within_its_bounds():
-    failures = []
     for f in dataclasses.fields(igpo.Config):
         bounds = f.metadata.get("metavar")
         assert bounds or not any(kind in str(f.type) for kind in ("int", "float")), f.name
@@ -838,51 +728,40 @@ def test_every_number_is_refused_or_within_its_bounds():
                 assert f"--{f.name}" in str(error) and "\n" not in str(error)
                 continue
             low, high = map(float, bounds.split(".."))
-            if not low <= getattr(cfg, f.name) <= high:
-                failures.append((f.name, word))
-    assert not failures
+            assert low <= getattr(cfg, f.name) <= high, (f.name, word)
     cfg = igpo.parse(igpo.Config, ["--preset", "toy", "--lr", "0.5", "--tau", "1"], igpo.PRESETS)
     assert (cfg.lr, cfg.tau, cfg.model, cfg.group_size) == (0.5, 1, "toy", 8)
     assert igpo.parse(igpo.Config, [], igpo.PRESETS) == igpo.Config()
 
 # Data
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
 def test_metamath_filter_deduplication_answers_and_traces(tmp_path, suffix):
     rows = [meta("What is 2+3?", "It is\n2+3 = 5\n#### 5\nThe answer is: 5"),
             meta("What is 2+3?", "Again 2+3 = 5\nThe answer is: 5"),
             meta("Tell me 2+3", "5\nThe answer is: 5", "GSM_Rephrased"),
-            meta("Half?", "Half it. It is $\\frac{1}{2}$.\nThe answer is: \\frac{1}{2}",
-                 "MATH_AnsAug"),
+            meta("Half?", "It is $\\frac{1}{2}$.\nThe answer is: \\frac{1}{2}", "MATH_AnsAug"),
             meta("Words?", "Five.\n#### 5\nThe answer is: 5"), meta("None?", "It is 5.")]
     path = tmp_path / f"data{suffix}"
-    if suffix == ".csv":
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-    elif suffix == ".json":
-        path.write_text(json.dumps(rows, indent=1))
+    if suffix == ".parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
     else:
-        write_jsonl(path, *rows, "")
+        write_jsonl(path, *(rows if suffix == ".jsonl" else [json.dumps(rows, indent=1)]))
     assert igpo.metamath_problems(str(path)) == [
-        ("What is 2+3?", "5", "It is\n2+3 ="), ("Half?", "\\frac{1}{2}", "Half it. It is"),
+        ("What is 2+3?", "5", "It is\n2+3 ="), ("Half?", "\\frac{1}{2}", "It is"),
         ("Words?", "5", None)]
 
-def test_problems_are_held_out_encoded_and_batched(tmp_path):
-    rows = [meta(f"{a}", f"The answer is: {a}") for a in range(9)]
+def test_problems_are_held_out_filtered_and_batched(tmp_path):
+    rows = [meta(f"{a}" * (a + 1), f"The answer is: {a}") for a in range(9)]
     path = write_jsonl(tmp_path / "meta.jsonl", *rows)
-    cfg = igpo.parse(igpo.Config, ["--train_data", path, "--eval_size", "2"], igpo.PRESETS)
+    cfg = igpo.parse(igpo.Config, ["--train_data", path, "--eval_size", "2", "--max_prompt_length",
+                                   "5"], igpo.PRESETS)
     problems, held_out, _ = igpo.load_data(cfg)
     assert (len(problems), len(held_out)) == (7, 2) and not set(problems) & set(held_out)
-
-    tokenizer = tiny_tokenizer()
-    problems = [igpo.Problem("1" * n, "1", "2" if n == 4 else None) for n in (3, 9, 4, 12)]
-    examples = igpo.encode_problems(tokenizer, problems, 8)  # the longer ones are left out
-    assert [len(e.prompt) for e in examples] == [3, 4] and examples[0].trace is None
-    assert tokenizer.decode(examples[1].trace) == "<reasoning>\n2"
-    ids, mask = igpo.pad_left([e.prompt for e in examples], 7)
-    assert ids[0].tolist() == [7, *examples[0].prompt] and mask.tolist()[0] == [False] + [True] * 3
+    fit = igpo.fitting(tiny_model(), tiny_tokenizer(), problems, 16, cfg)
+    assert [p.answer for p in fit] == ["2", "3", "4"]  # the longer ones are left out
+    ids, mask = igpo.pad_left([[1, 2, 3], [1, 2, 3, 4]], 7)
+    assert ids[0].tolist() == [7, 1, 2, 3] and mask.tolist()[0] == [False] + [True] * 3
 
     seen = [i for step in range(10) for i in igpo.batch_indices(20, 4, step, 0)]
     assert sorted(seen[:20]) == sorted(seen[20:]) == list(range(20)) and seen[:20] != seen[20:]
@@ -890,38 +769,37 @@ def test_problems_are_held_out_encoded_and_batched(tmp_path):
 
 def test_the_chat_template_asks_for_the_form():
     tokenizer = tiny_tokenizer()
-    assert tokenizer.decode(igpo.encode_prompt(tokenizer, "26.45=")) == "26.45="
+    assert tokenizer.batch_decode(igpo.encode_prompts(tokenizer, ["26.4=", "a"])) == ["26.4=", "a"]
     tokenizer.chat_template = ("{% for m in messages %}{{ m['role'] }}{{ m['content'] }}"
                                "{% endfor %}{% if add_generation_prompt %}</answer>{% endif %}")
-    words = tokenizer.convert_ids_to_tokens(igpo.encode_prompt(tokenizer, "26.45="))
-    assert "".join(words[-7:]) == "26.45=</answer>"
+    words = tokenizer.convert_ids_to_tokens(igpo.encode_prompts(tokenizer, ["26.4=", "a"])[0])
+    assert "".join(words[-6:]) == "26.4=</answer>"
     assert {"<reasoning>\n", "<answer>\n", "</answer>", "\\boxed{"} <= set(words)
 
 def test_the_toy_world():
     tokenizer = tiny_tokenizer()
     problems, rows = igpo.toy_problems(200, 1), igpo.toy_sft_rows(200, 1)
     assert problems == igpo.toy_problems(200, 1) != igpo.toy_problems(200, 2)
-    for text in [text for row in (*rows, *map(igpo.Problem._asdict, problems))
-                 for text in row.values()]:
-        ids = tokenizer(text).input_ids
-        assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
-    for problem in problems:
-        assert problem.answer not in problem.trace
+    for row in (*rows, *map(igpo.Problem._asdict, problems)):
+        for text in row.values():
+            ids = tokenizer(text).input_ids
+            assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
+    assert all(problem.answer not in problem.trace for problem in problems)
     assert all(len(tokenizer(row["completion"]).input_ids) < 20 for row in rows)
 
 # End to end
 
 CONTRACT = set(
     "reward accuracy accuracy_after all_wrong all_wrong_after rescued hint_tokens hint_tokens_kept "
-    "empty_hints kl ratio clip_fraction entropy loss grad_norm skipped lr completion_length cache "
-    "threshold tokens_per_second seconds seconds_rollout seconds_update".split())
+    "empty_hints kl ratio clip_fraction entropy loss grad_norm lr completion_length cache threshold "
+    "tokens_per_second seconds seconds_rollout seconds_update".split())
 
 def test_the_toy_recipe_with_the_fast_sampler(tmp_path, monkeypatch, capsys):
     asked, sample = [], igpo.sample
     monkeypatch.setattr(igpo, "sample", lambda *a, **k: asked.append(k) or sample(*a, **k))
     out = tmp_path / "run"
     igpo.main([*("--preset toy --sft_steps 3 --sft_batch 8 --max_steps 2 --prompts_per_step 4 "
-                 "--group_size 4 --eval_size 8 --show_every 1 --cache block --threshold 0.9 "
+                 "--group_size 4 --eval_size 8 --save_every 1 --cache block --threshold 0.9 "
                  "--out_dir").split(), str(out)])
     lines = igpo.read_lines(out / "metrics.jsonl")
     steps = [(line["stage"], line["step"]) for line in lines if line["stage"] != "eval"]
@@ -939,6 +817,15 @@ def test_the_toy_recipe_with_the_fast_sampler(tmp_path, monkeypatch, capsys):
     with pytest.raises(igpo.UsageError, match="not empty.*--resume"):
         igpo.main(["--preset", "toy", "--out_dir", str(out)])
 
+def test_the_view_of_a_rescued_response():
+    tokenizer = tiny_tokenizer()
+    wrong, right = (torch.tensor([tokenizer(text).input_ids]) for text in ("1.2=", "1.3="))
+    hinted = torch.tensor([[False, True, True, False]])
+    learning = torch.tensor([[True, True, False, True]])
+    roll = igpo.Rollout(right[None], None, hinted[None], wrong[None], *[None] * 3)
+    shown = igpo.show_group(tokenizer, roll, learning[None])
+    assert "wrong      '1.2='\n" in shown and "inpainted  '1[.^][3]='" in shown
+
 def test_sft_learns_with_a_linear_schedule(world, tmp_path):
     igpo.main(flags(world, tmp_path / "run", "--stage", "sft", "--sft_steps", 60, "--sft_batch", 24,
                     "--sft_rows_per_forward", 9, "--sft_lr", 1e-2, "--warmup_steps", 9))
@@ -953,87 +840,66 @@ def test_epochs_give_the_steps(world, tmp_path, capsys):
     at = argv.index("--max_steps")
     igpo.main(argv[:at] + argv[at + 2:])
     assert "RL: 5 steps of 4 prompts" in capsys.readouterr().out  # 20 problems
-    lines = lines_of(tmp_path / "run")
-    rates = [line["lr"] / 1e-4 for line in lines]  # of the second of two updates a step
-    assert rates == pytest.approx([2 / 3, 7 / 8, 5 / 8, 3 / 8, 1 / 8])
+    rates = [line["lr"] / 1e-4 for line in lines_of(tmp_path / "run")]  # means over two updates
+    assert rates == pytest.approx([3 / 6, 15 / 16, 11 / 16, 7 / 16, 3 / 16])
     final = tmp_path / "run" / "final"  # in LLaDA's format again
     assert "model.transformer.wte.weight" in load_file(final / "model.safetensors")
     assert igpo.load_model(final)[0].config.max_position_embeddings == 128
-    state = json.loads((tmp_path / "run" / "state.json").read_text())
-    assert (state["stage"], state["step"]) == ("rl", 5)  # the last step is checkpointed
+    assert (tmp_path / "run" / "checkpoint-rl-5").exists()  # the last step is checkpointed
 
-def test_updates_that_are_not_finite_change_nothing_and_end_the_run(world, tmp_path, monkeypatch):
+def test_updates_that_are_not_finite_change_nothing(capsys):
     model = tiny_model()
     before = [p.clone() for p in model.parameters()]
     (model(random_prompts(1, 3)).logits.mean() * math.nan).backward()
     assert math.isnan(igpo.optimizer_step(model, igpo.adamw(model, 1.0), 1.0, 1.0))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     assert all(p.grad is None for p in model.parameters())
-    loss = igpo.policy_loss
-    monkeypatch.setattr(igpo, "policy_loss",
-                        lambda *a, **k: (loss(*a, **k)[0] * math.inf, {"kl": 0}))
-    with pytest.raises(igpo.UsageError, match="no gradient of this step was finite"):
-        igpo.main(flags(world, tmp_path / "run", "--mu", 10, sft=False))
-    assert len(lines_of(tmp_path / "run")) == 1 and not (tmp_path / "run" / "state.json").exists()
+    assert "no update, for the gradient's norm is nan" in capsys.readouterr().out
 
 # Rewriting
 
 class Interrupted(Exception):
     pass
 
-def test_rewriting_keeps_what_is_short_in_form_and_right(world, tmp_path, monkeypatch, capsys):
-    tokenizer = tiny_tokenizer()
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=4, eos_token_id=tokenizer.eos_token_id)).save_pretrained(tmp_path / "w")
-    tokenizer.save_pretrained(tmp_path / "w")
-    data = write_jsonl(tmp_path / "data.jsonl", *[  # 3 and 4 come after the interruption
-        {"problem": f"{a}.1=", "answer": str(a - 1), "solution": f"6{a}"}
-        for a in (1, 2, 5, 6, 3, 4)])
-    argv = [*"--preset toy --stage rewrite --sft_length 24 --rewrite_batch 2".split(),
+def test_rewriting_keeps_what_is_in_form_and_right(world, tmp_path, monkeypatch, capsys):
+    igpo.save_model(*igpo.toy_model(0), tmp_path / "w")
+    data = write_jsonl(tmp_path / "data.jsonl", *[
+        {"problem": f"{a}.1=", "answer": str(a - 1), "solution": f"6{a}"} for a in range(1, 7)])
+    argv = [*"--preset toy --stage rewrite --sft_length 24 --rows_per_call 2".split(),
             "--rewrite_data", data, "--rewriter", str(tmp_path / "w"), "--out_dir"]
     igpo.main([*argv, str(tmp_path / "useless")])  # the real pipeline, of random weights
     assert "0 of 6 rewritten traces" in capsys.readouterr().out
 
-    good = "<reasoning>\n1\n</reasoning>\n<answer>\n\\boxed{ANSWER}\n</answer>"
-    forms = {3: good.replace("1", "1" * 30), 4: "\\boxed{ANSWER}", 5: good.replace("ANSWER", "6")}
-    asked = []
+    good, asked = "<reasoning>\n1\n</reasoning>\n<answer>\n\\boxed{ANSWER}\n</answer>", []
+    texts = {2: "\\boxed{1}", 4: good.replace("ANSWER", "6")}  # not in form; not right
 
-    class Rewriter:
-        def __init__(self):
-            self.tokenizer = tiny_tokenizer()
+    def write(requests, **options):
+        numbers = [int(re.search(r"Problem:\n(\d)\.1=\n\nSolution:\n6\1", request)[1])
+                   for request in requests]
+        asked.extend(numbers)
+        if asked == [1, 2, 3, 4]:
+            raise Interrupted
+        return [[{"generated_text": texts.get(a, good.replace("ANSWER", str(a - 1)))}]
+                for a in numbers]
 
-        def __call__(self, requests, **options):
-            numbers = [int(re.search(r"Problem:\n(\d)\.1=", request)[1]) for request in requests]
-            assert all(f"Solution:\n6{a}" in request for a, request in zip(numbers, requests))
-            interrupt = 5 in numbers and 5 not in asked
-            asked.extend(numbers)
-            if interrupt:
-                raise Interrupted
-            return [[{"generated_text": forms.get(a, good).replace("ANSWER", str(a - 1))}]
-                    for a in numbers]
-
-    monkeypatch.setattr(igpo.transformers, "pipeline", lambda *_, **__: Rewriter())
+    write.tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(igpo.transformers, "pipeline", lambda *_, **__: write)
     out = tmp_path / "run"
     with pytest.raises(Interrupted):
         igpo.main([*argv, str(out)])
     with open(out / "rewritten.0.jsonl", "a") as file:
         file.write('{"row": 2, "verd')  # a kill left half a line
     igpo.main([*argv, str(out), "--resume"])
-    assert asked == [1, 2, 5, 6, 5, 6, 3, 4]
-    verdicts = {line["prompt"][0]: line["verdict"]
-                for line in igpo.read_lines(out / "rewritten.0.jsonl")}
-    assert verdicts == {"1": "kept", "2": "kept", "3": "too long", "4": "bad form",
-                        "5": "wrong answer", "6": "kept"}
-    kept = igpo.read_rows(out / "traces.jsonl", ["prompt", "completion"])
-    assert [row["prompt"] for row in kept] == ["1.1=", "2.1=", "6.1="]
-    assert kept[2]["completion"] == good.replace("ANSWER", "5")
+    assert asked == [1, 2, 3, 4, 3, 4, 5, 6]
+    kept = igpo.read_rows(str(out / "traces.jsonl"), ["prompt", "completion"])
+    assert [row["prompt"] for row in kept] == ["1.1=", "3.1=", "5.1=", "6.1="]
+    assert kept[3]["completion"] == good.replace("ANSWER", "5")
 
 # Resuming
 
 @contextlib.contextmanager
 def interrupted(stage, step):
-    """Both processes and files are at this step, and then it is not finished."""
+    """All processes end after this step, before its checkpoint."""
     name, at = ("report", 1) if stage == "rl" else ("record", 2)
     function = getattr(igpo, name)
 
@@ -1046,40 +912,39 @@ def interrupted(stage, step):
         patch.setattr(igpo, name, stopping)
         yield
 
-@pytest.fixture
-def arbitrary_grades(monkeypatch):
-    monkeypatch.setattr(igpo, "grade", arbitrary)
-
-@pytest.fixture(scope="module")
-def whole(world, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(igpo, "grade", arbitrary)
-        igpo.main(flags(world, out))
-    return out
-
 def broken(argv, stage, step):
     with interrupted(stage, step), pytest.raises(Interrupted):
         igpo.main(argv)
 
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """An uninterrupted run, graded as by arbitrary_grades."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(igpo, "grade", lambda text, reference: zlib.crc32(text.encode()) % 8 == 0)
+        igpo.main(flags(world, out))
+    return out
+
 def test_a_resumed_run_is_the_uninterrupted_one(world, whole, tmp_path, arbitrary_grades):
     assert any(line["all_wrong"] > line["all_wrong_after"] for line in lines_of(whole))
-    argv = flags(world, tmp_path / "run", "--sft_save_every", 2)
+    out, argv = tmp_path / "run", flags(world, tmp_path / "run", "--sft_save_every", 2)
     broken(argv, "sft", 1)  # nothing is checkpointed yet
     broken([*argv, "--resume"], "sft", 4)
-    assert igpo.read_state(tmp_path / "run")[:2] == ("sft", 2)
+    assert igpo.newest_checkpoint(out)[1:] == ("sft", "2")
     broken([*argv, "--resume"], "rl", 1)  # from sft/ and no checkpoint of this stage
     broken([*argv, "--resume"], "rl", 3)
+    shutil.copytree(out / "checkpoint-rl-2", out / "checkpoint-rl-1")  # a kill left the one before
+    shutil.copytree(out / "checkpoint-rl-2", out / "unfinished")  # or a part of the next
     igpo.main([*argv, "--resume"])
-    same_runs(whole, tmp_path / "run")
-    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-rl-3"]
-    shutil.rmtree(tmp_path / "run" / "final")  # as if the disk had been full
+    same_runs(whole, out)
+    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-rl-3"]
+    shutil.rmtree(out / "final")  # as if the disk had been full
     igpo.main([*argv, "--resume"])
-    same_runs(whole, tmp_path / "run")
+    same_runs(whole, out)
     with pytest.raises(igpo.UsageError, match=r"was started with --mu 2$"):
         igpo.main([*argv, "--resume", "--mu", "1"])
 
-def test_the_kl_is_to_the_initial_policy(world, tmp_path, monkeypatch):
+def test_the_kl_is_to_the_initial_policy(world, tmp_path, monkeypatch, arbitrary_grades):
     """The first ratio is 1 and the first KL 0, the scored reference stays the same later."""
     scored, group_logps = [], igpo.group_logps
     fixed = random_prompts(2, 9)
@@ -1090,7 +955,6 @@ def test_the_kl_is_to_the_initial_policy(world, tmp_path, monkeypatch):
         return group_logps(model, *inputs)
 
     monkeypatch.setattr(igpo, "group_logps", spy)
-    monkeypatch.setattr(igpo, "grade", arbitrary)
     igpo.main(flags(world, tmp_path / "run", "--lr", "1e-2", "--mu", "1", sft=False))
     old, reference = scored[0::2], scored[1::2]
     assert all(torch.equal(reference[0], x) for x in (old[0], *reference))
@@ -1113,21 +977,21 @@ def test_lora_resumes_and_goes_on_from_base_and_adapter(world, tmp_path, arbitra
     assert stored and all(".lora_" in name or "param_groups" in name for name in stored)  # no base
 
     cfg = igpo.parse(igpo.Config, argv, igpo.PRESETS)
-    ids, cpu = random_prompts(2, 9), torch.device("cpu")
+    ids, base = random_prompts(2, 9), igpo.load_model(world / "m")[0]
     for name in "sft", "final":  # the merged model is base and adapter
-        policy, _ = igpo.load_policy(cfg, cpu, out / name)
-        merged, _ = igpo.load_model(out / name)
-        assert torch.allclose(policy.eval()(ids).logits, merged(ids).logits, atol=1e-3)
-        assert not torch.allclose(policy(ids).logits, igpo.load_model(world / "m")[0](ids).logits,
-                                  atol=1e-2)
+        policy, _ = igpo.load_policy(cfg, torch.device("cpu"), out / name)
+        logits = policy.eval()(ids).logits
+        assert torch.allclose(logits, igpo.load_model(out / name)[0](ids).logits, atol=1e-3)
+        assert not torch.allclose(logits, base(ids).logits, atol=1e-2)
     learns = [name for name, p in policy.named_parameters() if p.requires_grad]
     assert learns and all(".lora_" in name for name in learns)
-    merged = igpo.merged_weights(policy.bfloat16())  # not rounded to the base's bfloat16
-    assert {weight.dtype for weight in merged.values()} == {torch.float32}
 
 def in_processes(argv, count=1, **limits):
     """main() in forked processes, as torchrun or a shell starts it -> [(status, stderr)]. limits:
     the largest file that can be written, in bytes, as if the disk were full after it."""
+    torch.distributed.destroy_process_group()  # its threads would be missing in a fork
+    with contextlib.suppress(OSError):  # closing a file also gives up this process's lock of it
+        open(Path(argv[argv.index("--out_dir") + 1]) / ".lock").close()
     with socket.socket() as port:
         port.bind(("localhost", 0))
         address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port.getsockname()[1])}
@@ -1144,26 +1008,14 @@ def in_processes(argv, count=1, **limits):
                     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
                 igpo.run_main(lambda: igpo.main(argv), "igpo.py")
                 os._exit(0)
-            except SystemExit as end:
-                said[rank].flush()
-                os._exit(end.code)
             except BaseException:
                 traceback.print_exc()
             finally:
                 sys.stderr.flush()
                 os._exit(1)
     status = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    igpo.setup()
     return [(code, file.seek(0) or file.read()) for code, file in zip(status, said)]
-
-def nearly_same_runs(a, b):
-    for stage in "sft", "rl", "eval":
-        assert len(lines_of(a, stage)) == len(lines_of(b, stage))
-        for x, y in zip(lines_of(a, stage), lines_of(b, stage)):
-            assert x.keys() == y.keys()
-            for name in x:
-                same = x[name] == (pytest.approx(y[name], rel=1e-5, abs=1e-7)
-                                   if isinstance(y[name], float) else y[name])
-                assert same, (stage, x["step"], name, x[name], y[name])
 
 def test_two_processes_take_the_steps_of_one_and_resume_each_other(world, whole, tmp_path,
                                                                    arbitrary_grades):
@@ -1172,10 +1024,10 @@ def test_two_processes_take_the_steps_of_one_and_resume_each_other(world, whole,
         (left, _), (right, error) = in_processes(first, 2)
         assert (left, right) == (1, 1) and "Interrupted" in error, error
     igpo.main([*first, "--resume"])
-    nearly_same_runs(tmp_path / "a", whole)
+    same_runs(tmp_path / "a", whole, rel=1e-5)
     broken(second, "rl", 2)
     assert in_processes([*second, "--resume"], 2) == [(0, "")] * 2
-    nearly_same_runs(tmp_path / "b", whole)
+    same_runs(tmp_path / "b", whole, rel=1e-5)
 
 def test_tied_weights_and_lopsided_roll_outs_on_two_processes(world, tmp_path, monkeypatch):
     monkeypatch.setattr(igpo, "grade", lambda *_: igpo.rank() == 1)  # rank 0 draws twice, 1 once
@@ -1209,60 +1061,6 @@ def test_a_full_disk_is_one_line_and_loses_nothing(world, whole, tmp_path, arbit
     igpo.main([*argv, "--resume"])
     same_runs(whole, out)
 
-def test_damaged_files_are_named_on_resume(world, tmp_path, arbitrary_grades, capfd):
-    base, failures = tmp_path / "base", []
-    broken(flags(world, base), "rl", 3)
-    state, shard = json.loads((base / "state.json").read_text()), "checkpoint-rl-2/__0_0.distcp"
-    for number, (damage, message) in enumerate([
-            (put("config.json", 100), "config.json: "), (put("config.json", "{}"), "config.json: "),
-            (put("config.json", None), "config.json: No such file"),
-            (put("state.json", 20), "state.json: "), (put("state.json", "[]"), "state.json: "),
-            (put("state.json", json.dumps(state | {"step": 9})), "not among the 3"),
-            (put("state.json", json.dumps(state | {"step": -1})), "not among the 3"),
-            (put("state.json", json.dumps(state | {"step": 1})), "checkpoint-rl-1"),
-            (put("metrics.jsonl", 300), "metrics.jsonl.* is shorter"),
-            (put("metrics.jsonl", None), "metrics.jsonl.* is shorter"),
-            (put("metrics.jsonl", "7\n" * 5000), "metrics.jsonl: "),
-            (put(shard, 1000), "checkpoint-rl-2"), (put(shard, None), "checkpoint-rl-2"),
-            (put("sft/tokenizer.json", None), "sft has no tokenizer"),
-            (put("sft/model.safetensors", 1000), "run/sft: "),
-            (lambda folder: shutil.rmtree(folder / "sft"), "no model folder at .*run/sft")]):
-        out = tmp_path / f"{number}" / "run"
-        shutil.copytree(base, out)
-        damage(out)
-        try:
-            igpo.main([*flags(world, out), "--resume"])
-            failures.append(f"{number} accepted, not {message}")
-        except igpo.UsageError as error:
-            if not re.search(message, str(error)) or "\n" in str(error):
-                failures.append(f"{number} {error}, not {message}")
-        except BaseException as error:
-            failures.append(f"{number} TRACEBACK {error!r}, not {message}")
-    assert not failures, "\n".join(failures)
-    assert "Traceback" not in capfd.readouterr().err
-
-@pytest.mark.filterwarnings("ignore")
-def test_kills_while_saving_leave_the_checkpoint_before(tmp_path):
-    (tmp_path / "metrics.jsonl").touch()
-    model = tiny_model(hidden_size=128)
-    optimizer, step = igpo.adamw(model, 1e-3), 0
-    for kill in range(8):
-        if (child := os.fork()) == 0:
-            while True:
-                step += 1
-                model.lm_head.weight.data.fill_(step)
-                igpo.save_checkpoint(tmp_path, "rl", step, model, optimizer)
-                with open(tmp_path / "said", "a") as file:
-                    file.write(f"{step}\n")
-        time.sleep(random.uniform(0.1, 0.25))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        step = igpo.resume_step(tmp_path, "rl", 10**9, model, optimizer)
-        said = (tmp_path / "said").read_text().split() if (tmp_path / "said").exists() else [0]
-        assert step in (int(said[-1]), int(said[-1]) + 1)
-        assert step == 0 or (model.lm_head.weight == step).all()
-    assert step > 8
-
 TORCHRUN = """
 import time, zlib, igpo
 igpo.grade = lambda text, reference: zlib.crc32(text.encode()) % 8 == 0
@@ -1288,18 +1086,17 @@ def test_after_a_kill_of_torchrun_its_processes_end_and_the_run_goes_on(world, w
         while not (log.exists() and '"stage": "rl", "step": 2' in log.read_text()):
             assert time.time() < deadline and run.poll() is None, (tmp_path / "stderr").read_text()
             time.sleep(0.1)
-        with pytest.raises(igpo.UsageError, match="another process is still writing"):
-            igpo.main([*argv, "--resume"])
+        assert "another process is still writing" in refusal([*argv, "--resume"])
     finally:
         run.kill()
         run.wait()
     for _ in range(50):  # the orphans end with their parent
         with contextlib.suppress(igpo.UsageError):
-            igpo.locked(tmp_path / "run").close()
+            igpo.lock(tmp_path / "run")
             break
         time.sleep(0.1)
     igpo.main([*argv, "--resume"])
-    nearly_same_runs(tmp_path / "run", whole)
+    same_runs(tmp_path / "run", whole, rel=1e-5)
 
 # Memory on 8 GPUs, by running the real functions on fake tensors of LLaDA-8B's shape
 
@@ -1331,6 +1128,7 @@ class LiveStorage(TorchDispatchMode):
 
 @pytest.mark.filterwarnings("ignore")
 def test_memory_of_an_rl_step_on_eight_gpus(monkeypatch, P=200, L=256, N=8, rows_per_call=64):
+    torch.distributed.destroy_process_group()
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     mesh, peaks = init_device_mesh("cpu", (8,)), {}
     bf16 = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -1381,191 +1179,148 @@ def test_memory_of_an_rl_step_on_eight_gpus(monkeypatch, P=200, L=256, N=8, rows
 # ------------------------------------------------
 # eval.py
 
-@pytest.mark.parametrize("row, answer", [
-    ({"question": "1?", "answer": "2 + 16 = <<18>>18.\n#### 1,080"}, "1,080"),  # GSM8K
-    ({"problem": "1?", "answer": r"\frac{1}{2}", "solution": r"\boxed{3}"}, r"\frac{1}{2}"),  # MATH
-    ({"problem": "1?", "answer": 36.0, "url": None}, "36"),  # AMC
-    ({"problem": "1?", "solution": r"\boxed{3} \[\boxed{1.6} \mathrm{~cm}\]"}, "1.6"),  # Minerva
-    ({"problem": None, "question": "1?", "answer": 0}, "0"),
-    ({"problem": "1?", "answer": r"It is \boxed{5}."}, "5"),
-    ({"problem": "1?", "answer": math.nan, "solution": r"\boxed{7}"}, "7")])
-def test_the_four_file_formats(tmp_path, row, answer):
-    path = write_jsonl(tmp_path / "data.jsonl", row)
-    assert evaluation.read_problems(path) == [igpo.Problem("1?", answer, None)]
-
-def test_what_is_in_no_file_comes_from_the_hub(monkeypatch):
-    asked, rows = [], [{"problem": "1?", "answer": 1}] * 3
-    monkeypatch.setattr(igpo, "read_rows", lambda source, split, subset: asked.append(
-        (source, subset, split)) or rows)
+def test_the_four_formats_and_hub_names(monkeypatch):
+    rows = {
+        "openai/gsm8k main test": {"question": "1?", "answer": "18.\n#### 1,080"},
+        "me/mine None test": {"problem": "1?", "answer": r"\frac{1}{2}", "solution": r"\boxed{3}"},
+        "AI-MO/aimo-validation-amc None train": {"problem": None, "question": "1?", "answer": 0.0},
+        "math-ai/minervamath None test": {
+            "problem": "1?", "answer": math.nan, "solution": r"\boxed{3} or $\boxed{1.6}$ m"}}
+    monkeypatch.setattr(igpo, "read_rows", lambda source, split, subset: [
+        rows[f"{source} {subset} {split}"]] * 3)
     found = evaluation.load_problems(",".join(evaluation.TASKS), "math500=me/mine", 2)
-    assert found == dict.fromkeys(evaluation.TASKS, [("1?", "1", None)] * 2)
-    assert asked == [
-        ("openai/gsm8k", "main", "test"), ("me/mine", None, "test"),
-        ("AI-MO/aimo-validation-amc", None, "train"), ("math-ai/minervamath", None, "test")]
-
-def test_accuracy_and_standard_error_by_hand():
-    """avg@4: means 1, 1/4, 1/4; their variance is (1/4 + 1/16 + 1/16) / 2 = 3/16, a third 1/16"""
-    samples = [{"task": "amc", "problem": i, "verdict": v == "1", "length": 10 + i,
-                "extracted": None if i else "1", "timed_out": v == "0"}
-               for i, verdicts in enumerate(["1111", "1000", "0001"]) for v in verdicts]
-    assert evaluation.summarise(samples)["amc"] == {
-        "accuracy": 0.5, "standard_error": pytest.approx(0.25), "n": 3, "samples": 12,
-        "no_answer": 2 / 3, "length": 11, "grade_timeouts": 6}
-    assert evaluation.summarise(samples[:4])["amc"]["standard_error"] is None  # of one problem
+    answers = {"gsm8k": "1,080", "math500": r"\frac{1}{2}", "amc": "0", "minerva": "1.6"}
+    assert found == {task: [("1?", answer, None)] * 2 for task, answer in answers.items()}
 
 def test_prompts_of_like_length_share_a_batch():
     batches = evaluation.batches_of([[0] * n for n in (5, 1, 9, 3)], 2, 3, 0)
     assert sorted(batches) == [[(1, 0), (1, 1), (3, 0)], [(2, 0), (2, 1)], [(3, 1), (0, 0), (0, 1)]]
 
-@pytest.fixture(scope="module")
-def evaluated(tmp_path_factory):
-    """A random model, files of two tasks, and an uninterrupted evaluation by one process."""
-    folder = tmp_path_factory.mktemp("eval")
-    igpo.save_model(*igpo.toy_model(0), folder / "model")
-    rows = [{"problem": p.question[i % 3:], "answer": p.answer}
-            for i, p in enumerate(igpo.toy_problems(12, 0))]
-    write_jsonl(folder / "gsm8k.jsonl", *rows[:7])
-    write_jsonl(folder / "amc.jsonl", *rows[7:])
-    flags = f"""--model {folder}/model --tasks gsm8k,amc --gen_length 8 --diffusion_steps 8
-        --data gsm8k={folder}/gsm8k.jsonl,amc={folder}/amc.jsonl --block_length 4 --batch_size 4
-        --amc_temperature 2 --amc_samples 6 --seed 5""".split()
-    evaluation.main([*flags, "--out_dir", str(folder / "whole")])
-    return folder, flags
-
-def outcome(out):
-    """What does not depend on how an evaluation was run."""
-    result = json.loads((out / "results.json").read_text())
-    return igpo.read_lines(out / "samples.jsonl"), result["results"], result["settings"]
-
-def test_what_an_evaluation_leaves_behind(evaluated, capsys, monkeypatch):
-    folder, flags = evaluated
-    samples, _, _ = before = outcome(folder / "whole")
-    assert [(s["task"], s["problem"], s["sample"]) for s in samples] == [
-        ("gsm8k", i, 0) for i in range(7)] + [("amc", i, s) for i in range(5) for s in range(6)]
-    model, tokenizer = igpo.load_model(folder / "model")
-    for task, options in ("gsm8k", {}), ("amc", {"temperature": 2.0, "seed": (5, "amc")}):
-        problems = evaluation.read_problems(folder / f"{task}.jsonl")
-        own = {(s["problem"], s["sample"]): s["completion"] for s in samples if s["task"] == task}
-        alone = igpo.answer_examples(  # no sample depends on its batch, each has its own noise
-            model, tokenizer, igpo.encode_problems(tokenizer, problems, 99), jobs=list(own),
-            batch_size=1, gen_length=8, steps=8, block_length=4, **options)
-        assert {(i, s): text for i, s, text, _ in alone} == own
-    monkeypatch.setattr(igpo, "answer_examples", None)  # nothing is left to do
-    evaluation.main([*flags, "--out_dir", str(folder / "whole")])
-    shown = capsys.readouterr().out
-    assert "37 of 37 samples are in" in shown and re.search(r"^\| amc .* \| +30 \|", shown, re.M)
-    assert outcome(folder / "whole") == before
-
-def test_a_killed_evaluation_goes_on(evaluated, monkeypatch):
-    """On one process or two, from what a kill of one or two may leave, half a line in each file."""
-    folder, flags = evaluated
-    out, command = folder / "killed", [*flags, "--out_dir", str(folder / "killed")]
-    whole = (folder / "whole" / "samples.jsonl").read_text().splitlines(keepends=True)
-    shutil.copytree(folder / "whole", out)
-    (out / "samples.jsonl").write_text("".join(whole[20:24]) + whole[9][:-25])
-    grade, graded = igpo.grade, []
-    monkeypatch.setattr(igpo, "grade", lambda *pair: graded.append(pair) or grade(*pair))
-    evaluation.main(command)
-    assert len(graded) == 37 - 4 and outcome(out) == outcome(folder / "whole")
-
-    (out / "samples.jsonl").write_text("".join(whole[:7]) + whole[9][:-25])
-    (out / "samples.rank_1.jsonl").write_text(whole[30] + whole[12] + whole[2] + whole[11][:1])
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         "eval.py", *command], cwd=HERE, capture_output=True, text=True, timeout=200)
-    assert done.stdout.count("9 of 37") == done.stdout.count("| accuracy") == 1, done.stderr
-    assert outcome(out) == outcome(folder / "whole") and not list(out.glob("*rank*"))
-
-def test_a_folder_is_for_one_setting(evaluated):
-    folder, flags = evaluated
-    rows, data = igpo.read_lines(folder / "amc.jsonl"), folder / "data.jsonl"
-    flags = [*flags, "--tasks", "amc", "--data", f"amc={data}", "--out_dir", f"{folder}/other",
-             "--limit", "1", "--model", f"{folder}/moved"]
-
-    def refused(reason, *more):
-        with pytest.raises(igpo.UsageError, match=rf"\({reason} was \d+, now it is \d+"):
-            evaluation.main([*flags, *more])
-
-    model, tokenizer = igpo.load_model(folder / "model")
-    igpo.save_model(model, tokenizer, folder / "moved")
-    write_jsonl(data, *rows)
-    evaluation.main(flags)
-    refused("seed", "--seed", "1")
-    write_jsonl(data, rows[0] | {"answer": "99"})
-    refused("problems")
-    write_jsonl(data, rows[0])  # the limit is 1
-    model.lm_head.weight.data = model.lm_head.weight.flip(0)  # of the same sum
-    igpo.save_model(model, tokenizer, folder / "moved")
-    refused("weights")
-
-def test_rescore_and_ask(evaluated, tmp_path, capsys):
-    folder, flags = evaluated
-    samples = igpo.read_lines(folder / "whole" / "samples.jsonl")
-    for i in 8, 9:
-        samples[i] |= {"completion": r"\boxed{0.5}", "reference": "1/2", "verdict": i == 9}
+def test_rescore_by_hand(tmp_path, monkeypatch, capsys):
+    """avg@4: means 1, 1/4, 1/4; variance (1/4 + 1/16 + 1/16) / 2 = 3/16, a third 1/16"""
+    monkeypatch.setattr(igpo.select, "select", lambda *_: ([], [], []))  # too slow for x
+    texts = {"1": r"\boxed{0.5}", "x": r"\boxed{x}", "-": "0.5"}
+    problems = ("amc", 0, "1111"), ("amc", 1, "1x--"), ("amc", 2, "---1"), ("gsm8k", 0, "-")
+    samples = [{"task": task, "problem": i, "sample": s, "completion": texts[kind],
+                "reference": "1/2", "verdict": kind == "1", "length": i}
+               for task, i, kinds in problems for s, kind in enumerate(kinds)]
+    samples[4]["verdict"] = False
     evaluation.main(["--rescore", write_jsonl(tmp_path / "samples.jsonl", *samples)])
-    shown = capsys.readouterr().out
-    assert shown.startswith("amc problem 0 sample 1: '0.5' for '1/2' is now True\n")
-    assert shown.endswith("   0 |\n1 of 37 verdicts changed\n") and "|    0.067 |" in shown
-    evaluation.main([*flags, "--ask", "ab="])
+    shown = re.sub(" +", " ", capsys.readouterr().out).splitlines()
+    assert shown[:1] + shown[3:] == [
+        "amc problem 1 sample 0: '0.5' for '1/2' is now True",
+        "| amc | 0.500 | 0.250 | 3 | 12 | 0.417 | 1.000 | 1 |",
+        "| gsm8k | 0.000 | None | 1 | 1 | 1.000 | 0.000 | 0 |", "1 of 13 verdicts changed"]
+
+FLAGS = """--model model --tasks gsm8k,amc --data gsm8k=gsm8k.jsonl,amc=amc.jsonl --out_dir out
+    --seed 5 --gen_length 8 --diffusion_steps 8 --block_length 4 --batch_size 4 --amc_samples 6
+    --amc_temperature 2""".split()
+
+@pytest.fixture
+def samples(tmp_path, monkeypatch):
+    """What a random model says on two tasks, in a new folder."""
+    monkeypatch.chdir(tmp_path)
+    igpo.save_model(igpo.toy_model(0)[0].half(), tiny_tokenizer(), "model")
+    rows = [{"problem": "abcdefg="[i:], "answer": rf"so \boxed{{{i}}}"} for i in range(7)]
+    write_jsonl(Path("gsm8k.jsonl"), *rows)
+    write_jsonl(Path("amc.jsonl"), *rows[:5])
+    evaluation.main(FLAGS)
+    return igpo.read_lines(Path("out/samples.jsonl"))
+
+def test_ask_and_evaluate(samples, monkeypatch, capsys):
+    evaluation.main([*FLAGS, "--ask", "ab="])
     shown = capsys.readouterr().out.splitlines()
     assert [line.count("_") for line in shown[:8]] == [7, 6, 5, 4, 3, 2, 1, 0]
     assert shown[-1] == "answer: None"
+    model, tokenizer = igpo.load_model("model")
+    keys = [("gsm8k", i, 0) for i in range(7)] + [("amc", i, s) for i in range(5) for s in range(6)]
+    for (task, i, s), sample in zip(keys, samples, strict=True):
+        prompt = igpo.encode_prompts(tokenizer, ["abcdefg="[i:]])
+        [alone] = igpo.sample(  # in no batch
+            model, torch.tensor(prompt), gen_length=8, block_length=4, steps=8,
+            temperature=2.0 if task == "amc" else 0.0,
+            generator=igpo.seeded((5, task), "answer", i, s))
+        assert sample.items() >= {
+            "task": task, "problem": i, "sample": s, "prompt": "abcdefg="[i:], "reference": str(i),
+            "completion": igpo.decode(tokenizer, alone, [END]),
+            "length": igpo.counted_tokens(alone, [END]).sum().item()}.items()
+    monkeypatch.setattr(evaluation, "answer", None)  # nothing is left to do
+    evaluation.main(FLAGS)
+    assert igpo.read_lines(Path("out/samples.jsonl")) == samples
+    results = json.loads(Path("out/results.json").read_text())
+    assert results["results"] == evaluation.summarise(samples)
 
-def test_compare_by_hand(tmp_path, capsys):
-    def run(name, shift, *points):
-        lines = [{"stage": "rl", "all_wrong": float(i < 15), "all_wrong_after": 0.25,
-                  "grad_norm": 2.0, "kl": i / 10} for i in range(20)]
-        lines += [{"stage": "eval", "step": step, which: x + shift} for step, which, x in points]
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "summary.json").touch()
-        write_jsonl(tmp_path / name / "metrics.jsonl", *lines)
-        return str(tmp_path / name)
+@pytest.mark.parametrize("processes, files, kept", [(1, 1, 7), (1, 2, 10), (2, 2, 10)])
+def test_a_killed_evaluation_goes_on(samples, capfd, processes, files, kept):
+    """From what one process or two left, half a line at each end."""
+    lines = [json.dumps(sample | {"kept": 1}) + "\n" for sample in samples]
+    shutil.copytree("out", "killed")
+    left = {"samples": lines[:7], "samples.rank_1": lines[30:2:-9]}
+    for name in [*left][:files]:
+        Path(f"killed/{name}.jsonl").write_text("".join(left[name]) + lines[9][:-25])
+    command = [*FLAGS, "--out_dir", "killed"]
+    if processes == 1:
+        evaluation.main(command)
+    else:
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                        "--standalone", HERE / "eval.py", *command], check=True, timeout=200)
+    after = igpo.read_lines(Path("killed/samples.jsonl"))
+    assert sum(sample.pop("kept", 0) for sample in after) == kept and after == samples
+    assert capfd.readouterr().out.count("| accuracy") == 1 and not [*Path("killed").glob("*rank*")]
 
-    points = [(0, "accuracy_sft", 0.2), (10, "eval_accuracy", 0.4), (0, "accuracy_final", 0.5)]
-    runs = run("a-0", 0.0, *points), run("a-1", 0.2, *points)
-    evaluation.main(["--compare", *runs])
-    shown = capsys.readouterr().out
-    means = re.findall(r"(\d\.\d+) ± (\d\.\d+)", shown)
-    assert means == [("0.300", "0.100"), ("0.600", "0.100")] + [
-        (mean, "0.000") for mean in ("1.000", "0.000", "0.250", "2.000", "1.850")]
-    assert '"held-out accuracy: a"' in shown and re.findall(r"(?:line|step\") (.*)", shown) == [
-        "[0, 10, 20]", "[0.3, 0.5, 0.6]", "[10, 20]", "[1.0, 0.5]"]
-    with pytest.raises(igpo.UsageError, match="different steps"):
-        evaluation.main(["--compare", runs[0], run("b", 0.0, points[0], points[2])])
+def test_a_folder_is_for_one_setting(samples):
+    def refused(name, *more):
+        with pytest.raises(igpo.UsageError, match=rf"{name} was \d+, now it is \d+\)"):
+            evaluation.main([*FLAGS, *more])
 
-GOOD = {"problem": "ab=", "answer": "1"}
-EVAL_WRONG = [  # command, message, rows of FILE
-    ("--tasks amc", "no model: give --model"), ("--model m --tasks amc,aime", "no task 'aime'"),
-    ("--model m --data math=a.jsonl", "no task 'math'"), ("--limit 0", "--limit is within"),
-    ("--model m --gen_length 100", "gen_length 100 .* block_length 32"),
-    ("DATA", "jsonl holds no rows"), ("DATA", "row 2: needs", GOOD, GOOD | {"problem": " "}),
-    ("DATA", "row 1: needs a text problem", {"problem": ["1?"], "answer": "1"}),
-    ("DATA", "row 1: needs .* solution with", {"problem": "1?", "solution": "so it is 1"}),
-    ("DATA", "row 1: ", 5), ("DATA", "row 1: .*surrogates", GOOD | {"problem": "\ud800"}),
-    ("DATA --model MODEL", "do not fit the model's 64 positions", GOOD),
-    ("SMALL --out_dir FILE", "data.jsonl: File exists", GOOD),
-    ("SMALL --out_dir DIR", "holds no evaluation; give another --out_dir: No such file", GOOD),
-    ("SMALL --out_dir DIR/damaged", "holds no evaluation; give another --out_dir: Expect", GOOD),
-    ("--rescore FILE", "row 1, column 'task'", GOOD), ("--compare DIR", "no finished run"),
-    ("--rescore FILE", ": 'verdict'", {"task": "amc", "completion": "1", "reference": "1"})]
+    refused(r"\(seed", "--seed", "1")
+    data = Path("amc.jsonl")
+    data.write_text(data.read_text().replace("{4}", "{5}"))
+    refused(r"\(problems")
+    model, tokenizer = igpo.load_model("model")
+    model.lm_head.weight.data = model.lm_head.weight.flip(0)  # the same sum
+    igpo.save_model(model, tokenizer, "model")
+    refused(", weights")
 
-def test_what_a_user_of_eval_gets_wrong_is_one_line(evaluated, tmp_path):
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "settings.json").write_text('{"model": ')
-    failures, out = [], tmp_path / "out"
-    for command, message, *rows in EVAL_WRONG:
-        said, words = "", f"--out_dir {out} {command}"
-        for name, text in [
-                ("SMALL", "DATA --model MODEL --gen_length 8 --block_length 8 --diffusion_steps 8"),
-                ("DATA", "--model m --tasks amc --data amc=FILE"),
-                ("FILE", write_jsonl(tmp_path / "data.jsonl", *rows)), ("DIR", str(tmp_path)),
-                ("MODEL", f"{evaluated[0]}/model")]:
-            words = words.replace(name, text)
-        try:
-            evaluation.main(words.split())
-        except igpo.UsageError as error:
-            said = str(error)
-        if not re.search(message, said) or "\n" in said or out.exists():
-            failures.append(f"{command} -> {said!r}, not {message!r}")
-    assert not failures, "\n".join(failures)
+def test_compare_by_hand(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rl = [{"stage": "rl", "all_wrong": i < 15, "all_wrong_after": 0.25, "grad_norm": 2,
+           "kl": i / 10} for i in range(20)]
+    for name, shift, half in ("a-0", 0.0, 10), ("a-1", 0.2, 10), ("b-0", 0.0, 5):
+        Path(name).mkdir()
+        Path(name, "summary.json").touch()
+        points = (0, "accuracy_sft", 0.2), (half, "eval_accuracy", 0.4), (0, "accuracy_final", 0.5)
+        write_jsonl(Path(name, "metrics.jsonl"), *rl, *[
+            {"stage": "eval", "step": step, what: x + shift} for step, what, x in points])
+    evaluation.main(["--compare", "a-0", "a-1"])
+    assert re.findall(r"\d\.\d+ ± \d\.\d+|\[.*\]", capsys.readouterr().out) == [
+        "0.300 ± 0.100", "0.600 ± 0.100", "1.000 ± 0.000", "0.000 ± 0.000", "0.250 ± 0.000",
+        "2.000 ± 0.000", "1.850 ± 0.000", "[0, 10, 20]", "[0.3, 0.5, 0.6]", "[10, 20]",
+        "[1.0, 0.5]"]
+    with pytest.raises(igpo.UsageError, match="different"):
+        evaluation.main(["--compare", "a-0", "b-0"])
+
+EVAL_WRONG = [  # flags, message, amc.jsonl from then on
+    ("--model=", "no model"), ("--tasks amc,aime", "no task 'aime'"),
+    ("--data math=a.jsonl", "no task 'math'"), ("--limit 0", "limit is"),
+    ("--gen_length 10", "gen_length 10 must"),
+    ("--gen_length 64 --diffusion_steps 16", "64 positions"),
+    ("--out_dir amc.jsonl", "amc.jsonl: File"), ("--compare out", "no finished run"),
+    ("--out_dir model", "model holds no evaluation.*No such file"),
+    ("--out_dir .", "no evaluation.*Expecting"),
+    ("", "amc.jsonl: ", ""), ("", "amc.jsonl: ", 5), ("", "amc.jsonl: ", {"problem": "\ud800"}),
+    ("", "row 2: needs", *[{"problem": text, "answer": 1} for text in ("1?", " ")]),
+    ("", "row 1: needs", {"problem": ["1?"], "answer": 1}),
+    ("", "row 1: needs", {"problem": "1?", "solution": "1"}),
+    ("--rescore amc.jsonl", "row 1: .*'task'", {"completion": "1"}),
+    ("--rescore amc.jsonl", ": 'verdict'", {"task": "", "completion": "", "reference": ""})]
+
+def test_errors_of_eval_are_one_line(samples):
+    Path("settings.json").write_text('{"model": ')  # damaged
+    for flags, message, *rows in EVAL_WRONG:
+        if rows:
+            write_jsonl(Path("amc.jsonl"), *rows)
+        with pytest.raises(igpo.UsageError) as error:
+            evaluation.main([*FLAGS, "--out_dir", "new", *flags.split()])
+        assert re.fullmatch(f".*{message}.*", str(error.value)), message
+        assert not Path("new").exists()
