@@ -72,13 +72,13 @@ def read_problems(source, subset=None, split="test"):
             answer = answer or (stated or "").rpartition("####")[2].strip()
             if not isinstance(question, str) or not question.strip() or not answer:
                 raise ValueError(r"needs a text problem, and an answer or a solution with \boxed{}")
-            (question + answer).encode()  # half a surrogate pair is no text either
             problems.append(igpo.Problem(question, answer, None))
     return problems
 
 def load_problems(tasks, data, limit):
     """--tasks and --data -> {task: its problems}"""
-    given = dict(part.partition("=")[::2] for part in data.split(",") if part)
+    with file_errors("--data, TASK=SOURCE"):
+        given = dict(part.split("=", 1) for part in data.split(",") if part)
     for task in [*tasks.split(","), *given]:
         if task not in TASKS:
             raise UsageError(f"no task {task!r}; there are {', '.join(TASKS)}")
@@ -221,7 +221,9 @@ def summarise(samples):
 
 def rescore(path):
     """Grade a samples file again; print every verdict that changed, and the results."""
-    samples, changed = igpo.read_rows(path, ["task", "completion", "reference"]), 0
+    samples, changed = igpo.read_lines(Path(path)), 0
+    if not samples:
+        raise UsageError(f"{path} holds no samples")
     with file_errors(path):
         for sample in samples:
             before = sample["verdict"]

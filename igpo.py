@@ -135,8 +135,7 @@ def load_model(name_or_path, *, dtype=None, device="cpu"):
         ends = ends if isinstance(ends, list) else [ends]
         turns = [words[end] for end in ("<|eot_id|>", "<|im_end|>") if end in words]
         config.eos_token_id = list(dict.fromkeys(turns + ends))
-        if config.pad_token_id is None:
-            config.pad_token_id = ends[0]
+        config.pad_token_id = ends[0] if config.pad_token_id is None else config.pad_token_id
         for token in (config.mask_token_id, config.pad_token_id, *ends, max(words.values())):
             if token not in range(config.vocab_size):
                 raise UsageError(f"{folder}: token {token} is not among the {config.vocab_size}")
@@ -155,7 +154,8 @@ def load_model(name_or_path, *, dtype=None, device="cpu"):
     if tied and model.lm_head.weight is not model.get_input_embeddings().weight:
         raise UsageError(f"{folder}: config.json ties head and embedding, the weights do not")
     model.get_input_embeddings().padding_idx = None  # padding is the end token, which is trained
-    model.source_files = [folder / "config.json", *folder.glob("*.py")]
+    files = [folder / "config.json", *folder.glob("*.py")]
+    model.source_files = {file.name: file.read_text() for file in files}
     return model.to(device).eval(), tokenizer
 
 def save_model(model, tokenizer, folder):
@@ -182,8 +182,8 @@ def save_model(model, tokenizer, folder):
     model.save_pretrained(folder, state_dict=weights)
     model._hf_peft_config_loaded = adapted
     tokenizer.save_pretrained(folder)
-    for file in getattr(model, "source_files", []):  # for the family's own loader
-        shutil.copy(file, folder)
+    for name, text in getattr(model, "source_files", {}).items():  # for the family's own loader
+        (folder / name).write_text(text)
 
 def attention_mask(prompt_mask, gen_length):
     """(B, P) prompt mask -> (B, P + gen_length), or None where nothing is padded (the fast path)"""
@@ -679,16 +679,27 @@ class Problem(NamedTuple):
     trace: str | None  # the reference reasoning up to its answer; None: no hints can be made
 
 def read_rows(source, columns=(), *, split="train", subset=None):
-    """Rows of a .json, .jsonl, .csv or .parquet file or a hub data set, as `datasets` reads them.
-    The named columns of every row must hold text."""
-    import datasets  # slow to import, and needed here alone
-    datasets.disable_progress_bars()
-    kind = Path(source).suffix[1:].replace("jsonl", "json")
-    data = dict(path=str(source), name=subset)
-    if kind in ("json", "csv", "parquet"):
-        data = dict(path=kind, data_files={split: str(source)})
-    with file_errors(source):
-        rows = list(datasets.load_dataset(**data, split=split))
+    """Rows of a .jsonl file, or of what `datasets` reads: a .json, .csv or .parquet file, a hub
+    name. The named columns of every row must hold text."""
+    path, rows = Path(source), []
+    if path.suffix == ".jsonl":  # as it is: `datasets` would guess types
+        with file_errors(source):
+            lines = path.read_text("utf-8").split("\n")
+        for number, line in enumerate(lines, 1):
+            with file_errors(f"{source}, line {number}"):
+                if line.strip():
+                    rows.append(dict(json.loads(line)))
+                    json.dumps(rows[-1], ensure_ascii=False).encode()  # no half surrogate pairs
+    else:
+        import datasets  # slow to import, and needed here alone
+        datasets.disable_progress_bars()
+        data = dict(path=str(source), name=subset)
+        if path.suffix in (".json", ".csv", ".parquet"):
+            data = dict(path=path.suffix[1:], data_files={split: str(source)})
+        with file_errors(source):
+            rows = list(datasets.load_dataset(**data, split=split))
+    if not rows:
+        raise UsageError(f"{source} holds no rows")
     for number, row in enumerate(rows, 1):
         for column in columns:
             if not isinstance(row.get(column), str):
@@ -1446,7 +1457,7 @@ def load_data(cfg):
 
 def train(cfg, device, out):
     """SFT where there are examples for it, then RL."""
-    began, sft = time.time(), out / "sft"
+    began, sft = time.time(), out.absolute() / "sft"  # "run/sft" might be a hub name
     problems, held_out, sft_rows = load_data(cfg)
     past_sft = bool(sft_rows) and (sft.exists() or newest_checkpoint(out)[1] == "rl")
     model, tokenizer = load_policy(cfg, device, sft if past_sft else None)
