@@ -657,7 +657,7 @@ WRONG = [
     (*data([{"prompt": "1"}], flag=f"{SFT} --sft_data"), "row 1: None in column 'completion'"),
     (None, REWRITE, "row 1: None in column 'problem'"),
     (*data([{"problem": "1", "answer": "1", "solution": "1"}],
-           flag=f"{REWRITE} --rewriter absent --rewrite_data"), "absent: "),
+           flag=f"{REWRITE} --rewriter /absent --rewrite_data"), "/absent: "),
     # the model
     (put("m/config.json"), "", "m: No such file"), 
     (put("m/config.json", b""), "", "m: Expecting value"), (config(n_heads=5), "", "m: "),
@@ -796,8 +796,8 @@ def test_the_toy_world():
 
 CONTRACT = set(
     "reward accuracy accuracy_after all_wrong all_wrong_after rescued hint_tokens hint_tokens_kept "
-    "empty_hints kl ratio clip_fraction entropy loss grad_norm lr completion_length cache threshold "
-    "tokens_per_second seconds seconds_rollout seconds_update".split())
+    "empty_hints kl ratio clip_fraction entropy loss grad_norm lr completion_length cache "
+    "threshold tokens_per_second seconds seconds_rollout seconds_update".split())
 
 def test_the_toy_recipe_with_the_fast_sampler(tmp_path, monkeypatch, capsys):
     asked, sample = [], igpo.sample
