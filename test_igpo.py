@@ -611,8 +611,7 @@ def cut(name, size):
 
 def config(**changes):
     def edit():
-        raw = json.loads(Path("m/config.json").read_text()) | changes
-        put("m/config.json", [{k: v for k, v in raw.items() if v != "gone"}])()
+        put("m/config.json", [json.loads(Path("m/config.json").read_text()) | changes])()
     return edit
 
 def weights(name, value):
@@ -633,7 +632,6 @@ WRONG = [
     (None, "--group_size 1", "--group_size is within 2..1e9, not 1"),
     (None, "--tau nan", "--tau is within 0..1, not nan"),
     (None, "--eta_low 0.9", "--eta_low is above --eta_high"),
-    (None, "--min_chunk 4", "--min_chunk above --max_chunk"),
     (None, "--gen_length 21", "gen_length 21 .*block_length 8"),
     (None, "--stage sft", "--stage sft needs --sft_data"),
     ("three processes", "", "--prompts_per_step 4 .* 3 processes"),
@@ -654,14 +652,12 @@ WRONG = [
     (None, "--gen_length 512 --diffusion_steps 64", "prompt of 4 and .* of 512 .* 128 positions"),
     (None, f"{SFT} --sft_length 2", "all completions exceed --sft_length 2"),
     (None, f"{SFT} --sft_length 125", "prompt of 4 and a completion of 125 .* 128 positions"),
-    (*data([{"prompt": "1"}], flag=f"{SFT} --sft_data"), "row 1: None in column 'completion'"),
     (None, REWRITE, "row 1: None in column 'problem'"),
     (*data([{"problem": "1", "answer": "1", "solution": "1"}],
            flag=f"{REWRITE} --rewriter /absent --rewrite_data"), "/absent: "),
     # the model
     (put("m/config.json"), "", "m: No such file"), 
     (put("m/config.json", b""), "", "m: Expecting value"), (config(n_heads=5), "", "m: "),
-    (config(mlp_hidden_size="gone"), "", "m: .*mlp_hidden_size"),
     (config(mask_token_id=99), "", "m: token 99 is not among the"),
     (config(eos_token_id=None), "", "m: .*eos_token_id"),
     (config(model_type="gpt2"), "", "'gpt2' is not supported"), (config(alibi=True), "", "alibi"),
@@ -740,7 +736,7 @@ def test_every_number_is_refused_or_within_its_bounds():
 
 # Data
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_metamath_filter_deduplication_answers_and_traces(tmp_path, suffix):
     rows = [meta("What is 2+3?", "It is\n2+3 = 5\n#### 5\nThe answer is: 5"),
             meta("What is 2+3?", "Again 2+3 = 5\nThe answer is: 5"),
@@ -748,10 +744,10 @@ def test_metamath_filter_deduplication_answers_and_traces(tmp_path, suffix):
             meta("Half?", "It is $\\frac{1}{2}$.\nThe answer is: \\frac{1}{2}", "MATH_AnsAug"),
             meta("Words?", "Five.\n#### 5\nThe answer is: 5"), meta("None?", "It is 5.")]
     path = tmp_path / f"data{suffix}"
-    if suffix == ".parquet":
-        datasets.Dataset.from_list(rows).to_parquet(path)
+    if suffix == ".jsonl":
+        write_jsonl(path, *rows)
     else:
-        write_jsonl(path, *(rows if suffix == ".jsonl" else [json.dumps(rows, indent=1)]))
+        datasets.Dataset.from_list(rows).to_parquet(path)
     assert igpo.metamath_problems(str(path)) == [
         ("What is 2+3?", "5", "It is\n2+3 ="), ("Half?", "\\frac{1}{2}", "It is"),
         ("Words?", "5", None)]
@@ -785,12 +781,10 @@ def test_the_toy_world():
     tokenizer = tiny_tokenizer()
     problems, rows = igpo.toy_problems(200, 1), igpo.toy_sft_rows(200, 1)
     assert problems == igpo.toy_problems(200, 1) != igpo.toy_problems(200, 2)
-    for row in (*rows, *map(igpo.Problem._asdict, problems)):
-        for text in row.values():
-            ids = tokenizer(text).input_ids
-            assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
     assert all(problem.answer not in problem.trace for problem in problems)
-    assert all(len(tokenizer(row["completion"]).input_ids) < 20 for row in rows)
+    for row in rows:
+        ids = tokenizer(row["prompt"] + row["completion"]).input_ids
+        assert tokenizer.decode(ids) == row["prompt"] + row["completion"] and len(ids) <= 5 + 19
 
 # End to end
 
@@ -799,7 +793,7 @@ CONTRACT = set(
     "empty_hints kl ratio clip_fraction entropy loss grad_norm lr completion_length cache "
     "threshold tokens_per_second seconds seconds_rollout seconds_update".split())
 
-def test_the_toy_recipe_with_the_fast_sampler(tmp_path, monkeypatch, capsys):
+def test_the_toy_recipe_with_the_fast_sampler(tmp_path, monkeypatch):
     asked, sample = [], igpo.sample
     monkeypatch.setattr(igpo, "sample", lambda *a, **k: asked.append(k) or sample(*a, **k))
     out = tmp_path / "run"
@@ -816,9 +810,6 @@ def test_the_toy_recipe_with_the_fast_sampler(tmp_path, monkeypatch, capsys):
     summary = json.loads((out / "summary.json").read_text())
     assert {"accuracy_start", "accuracy_sft", "accuracy_final", "all_wrong", "all_wrong_after",
             "steps", "seconds"} <= summary.keys() and summary["steps"] == 2
-    assert "RL 2/2" in capsys.readouterr().out
-    sft, final = (load_file(out / name / "model.safetensors") for name in ("sft", "final"))
-    assert any(not torch.equal(sft[name], final[name]) for name in sft)
     with pytest.raises(igpo.UsageError, match="not empty.*--resume"):
         igpo.main(["--preset", "toy", "--out_dir", str(out)])
 
