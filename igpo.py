@@ -53,12 +53,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 from transformers import (
-    AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
-    Qwen2ForCausalLM, Qwen2Tokenizer, Qwen3ForCausalLM)
+    AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
+    Qwen2Tokenizer)
 from transformers.cache_utils import Cache, DynamicLayer
 
 class UsageError(ValueError):
-    """What the user can put right. The command line prints it as one line, with status 2."""
+    """What the user can put right: one line and status 2."""
 
 @contextmanager
 def file_errors(path):
@@ -74,8 +74,6 @@ def file_errors(path):
 # ------------------------------------------------
 # 1. The model. LLaDA is Llama without the causal mask and Dream is Qwen2 without it: both load into
 #    transformers' own classes with is_causal=False, and no remote code runs.
-
-MODEL_CLASSES = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
 
 # LLaDA's parameter names and Llama's. transformers renames as it loads, and back as it saves.
 LLADA_NAMES = {rf"^model\.transformer\.{theirs}\.": f"{ours}." for theirs, ours in {
@@ -104,8 +102,8 @@ def model_config(raw):
             tie_word_embeddings=raw["weight_tying"], mask_token_id=raw["mask_token_id"],
             eos_token_id=raw["eos_token_id"], pad_token_id=raw.get("pad_token_id"))
     elif kind == "Dream":
-        config = Qwen2Config(**raw | {"model_type": "qwen2", "auto_map": None}, logit_shift=1)
-    elif kind in MODEL_CLASSES and "mask_token_id" in raw:
+        config = AutoConfig.for_model(**raw | {"model_type": "qwen2", "logit_shift": 1})
+    elif kind in ("llama", "qwen2", "qwen3") and "mask_token_id" in raw:
         config = AutoConfig.for_model(**raw)
     else:
         raise UsageError(f"model_type {kind!r} is not supported, or has no mask_token_id")
@@ -125,6 +123,7 @@ def load_model(name_or_path, *, dtype=None, device="cpu"):
                 raise UsageError(f"no model folder at {name_or_path}")
             folder = Path(snapshot_download(str(name_or_path), ignore_patterns=["*.bin", "*.pth"]))
         raw = json.loads((folder / "config.json").read_text())
+        raw.pop("auto_map", None)  # names the checkpoint's code
         config = model_config(raw)
         # AutoTokenizer would stop to ask whether to run the checkpoint's code; these do not.
         fast = (folder / "tokenizer.json").is_file()
@@ -139,12 +138,12 @@ def load_model(name_or_path, *, dtype=None, device="cpu"):
         for token in (config.mask_token_id, config.pad_token_id, *ends, max(words.values())):
             if token not in range(config.vocab_size):
                 raise UsageError(f"{folder}: token {token} is not among the {config.vocab_size}")
-        model_class, tied = MODEL_CLASSES[config.model_type], config.tie_word_embeddings
+        tied = config.tie_word_embeddings
         if str(device) == "meta":
             with torch.device("meta"):
-                model = model_class(config)
+                model = AutoModelForCausalLM.from_config(config)
         else:
-            model, report = model_class.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, dtype=dtype or torch.float32, use_safetensors=True,
                 key_mapping=LLADA_NAMES if raw["model_type"] == "llada" else None,
                 ignore_mismatched_sizes=True, output_loading_info=True)
@@ -168,7 +167,7 @@ def save_model(model, tokenizer, folder):
     folder, adapted = Path(folder), hasattr(model, "peft_config")
     folder.mkdir(parents=True, exist_ok=True)
     if adapted:
-        adapter = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        adapter = {name: weight for name, weight in weights.items() if ".lora_" in name}
         save_file(adapter, folder / "adapter.safetensors")  # for RL to go on from
         for name, module in model.named_modules():
             if hasattr(module, "get_delta_weight"):  # bfloat16 would round a small update away
@@ -194,13 +193,12 @@ def logits_at(model, canvas, attention, positions, layers=None):
     """Logits that predict the tokens at consecutive `positions` (K,) of each row: -> (B, K, V); the
     head runs there alone. canvas (B, T) ids, attention (B, T) or None, layers: a block_cache."""
     positions = positions - getattr(model.config, "logit_shift", 0)
-    start, end = 0, canvas.shape[1]
+    columns = torch.arange(canvas.shape[1], device=canvas.device)
     if layers is not None and layers.is_initialized:
-        start, end = layers.layers[0].block.start, layers.layers[0].block.stop
-    return model(input_ids=canvas[:, start:end], attention_mask=attention,
-                 position_ids=torch.arange(start, end, device=canvas.device)[None],
+        columns = columns[layers.layers[0].block]
+    return model(input_ids=canvas[:, columns], attention_mask=attention, position_ids=columns[None],
                  past_key_values=layers, use_cache=layers is not None,
-                 logits_to_keep=positions - start).logits
+                 logits_to_keep=positions - columns[0]).logits
 
 def counted_tokens(completions, end_ids):
     """Positions up to and including the first end token, bool (..., L). The rest is padding."""
@@ -222,8 +220,7 @@ def sample(model, prompts, *, gen_length, block_length, steps, temperature=0.0, 
     generator: a torch.Generator, or a list of them, each for an equal run of rows. stop_early: a
     row ends with the block of its first end token. watch: called after each step with completions.
     Two approximations are faster: cache="block" computes only the block itself in its later steps;
-    threshold, in place of `steps`, fills in a row's most confident position in each step and all
-    that are more confident than this probability.
+    threshold, in place of `steps`: a step fills in what is more confident, one position at least.
 
     At temperature 0 this is token for token LLaDA's published sampler. Above 0 it has the same
     distribution, with one uniform number a position in place of Gumbel noise for every word."""
@@ -253,7 +250,7 @@ def sample(model, prompts, *, gen_length, block_length, steps, temperature=0.0, 
             confidence = torch.full(tokens.shape, -math.inf, device=device)
             tokens[row, place], confidence[row, place] = choose_tokens(
                 logits, mask_id, temperature, u)
-            # The `quota` most confident positions of a row are filled in; they never change again.
+            # A row's `quota` most confident positions are filled in and never change again.
             quota = masks // S + (step < masks % S)
             fill = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < quota
             if threshold is not None:
@@ -280,7 +277,8 @@ def choose_tokens(logits, mask_id, temperature, u):
     """(M, V) logits, (M,) uniform numbers -> (M,) tokens and their (M,) log-probabilities. The mask
     id is never chosen, yet confidence is measured under the full softmax, as in LLaDA."""
     logits = logits.float()
-    allowed = logits.index_fill(-1, torch.tensor(mask_id, device=logits.device), -math.inf)
+    allowed = logits.clone()
+    allowed[:, mask_id] = -math.inf
     if temperature > 0:
         cdf = (allowed / temperature).softmax(-1).cumsum(-1)  # invert the distribution at u
         tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)
@@ -368,7 +366,7 @@ def cut_trace(solution, answer, question=""):
         return None
     # Back to the last space or "=" outside of braces: not inside a number or a LaTeX command.
     end, depth = 0, 0
-    for i, character in enumerate(body[: found[-1] if places(question) else found[0]]):
+    for i, character in enumerate(body[: found[-1 if places(question) else 0]]):
         depth += (character == "{") - (character == "}")
         if depth == 0 and character in " \n=":
             end = i + 1
@@ -505,22 +503,21 @@ def format_score(completion):
     return 0.125 * kept + 0.25 * ("\\boxed{" in completion)
 
 # ------------------------------------------------
-# 5. Elastic roll-out: G responses a prompt, and G inpainted ones for the prompts whose responses
-#    are all wrong (section 3.2 of the paper).
+# 5. Elastic roll-out (section 3.2): G responses a prompt, and G inpainted ones where all are wrong.
 
 class Rollout(NamedTuple):
     completions: torch.Tensor    # (N, G, L) token ids, after injection
     correct: torch.Tensor        # (N, G) bool, after injection
-    hinted: torch.Tensor         # (N, G, L) bool, the positions that were given as hints
+    hinted: torch.Tensor         # (N, G, L) bool, where hints were given
     first: torch.Tensor          # (N, G, L) token ids, the policy's own draw
     first_correct: torch.Tensor  # (N, G) bool
-    second: torch.Tensor         # (S, G, L) token ids, the second draw of S all-wrong groups
-    hints: torch.Tensor          # (S, G, L) their hints, the mask id where there is none
+    second: torch.Tensor         # (S, G, L) token ids, drawn again for S all-wrong groups
+    hints: torch.Tensor          # (S, G, L) their hints, else the mask id
 
 def rollout(draw, is_correct, prompts, prompt_mask, answers, traces, generators, *, mask_id,
-            algo="igpo", lam=0.5, eta=(0.2, 0.6), chunk=(5, 10), room=30):
-    """The augmented groups of N prompts. algo: "igpo"; "grpo" never draws again; "resample" draws
-    the same groups again, but without hints.
+            algo="igpo", lam=0.5, eta=(0.2, 0.6), **chunking):
+    """The augmented groups of N prompts. algo: "igpo"; "grpo" never draws again; "resample" does,
+    but without hints. chunking: options of make_hint.
 
     draw(prompts, prompt_mask, generators, hints) -> (n, G, L) completions: see sample_groups.
     is_correct(completion, answer) -> bool. prompts, prompt_mask (N, P). traces: N tensors of ids or
@@ -539,9 +536,8 @@ def rollout(draw, is_correct, prompts, prompt_mask, answers, traces, generators,
         for n in stuck:  # each inpainted response has its own eta ~ U[low, high] and chunking
             for ratio in low + (high - low) * torch.rand(G, generator=generators[n]):
                 hints.append(make_hint(traces[n], ratio.item(), gen_length=L, mask_id=mask_id,
-                                       min_chunk=chunk[0], max_chunk=chunk[1], room=room,
-                                       generator=generators[n]))
-        hints = torch.stack(hints).view(len(stuck), G, L).to(first)
+                                       generator=generators[n], **chunking))
+        hints = torch.stack(hints).view(-1, G, L).to(first)
         second = draw(prompts[stuck], prompt_mask[stuck], [generators[n] for n in stuck], hints)
         for s, n in enumerate(stuck):
             winners = [g for g in range(G) if is_correct(second[s, g], answers[n])]
@@ -570,10 +566,8 @@ def sample_groups(model, prompts, prompt_mask, generators, hints=None, *, group_
 
 def completion_logps(model, prompts, completions, *, prompt_mask=None):
     """Log-probability of each completion token, (N, G, L), and the policy's entropy at each
-    position, (N, L), in nats. prompts (N, P), completions (N, G, L), prompt_mask (N, P).
-
-    The entropy carries no gradient: it selects tokens and is no part of the objective. Loss and
-    gradient are those of N * G separate rows at 1/G of the work."""
+    position, (N, L), in nats, without gradient. prompts (N, P), completions (N, G, L), prompt_mask
+    (N, P). Loss and gradient are those of N * G separate rows at 1/G of the work."""
     P, L = prompts.shape[1], completions.shape[-1]
     canvas = F.pad(prompts, (0, L), value=model.config.mask_token_id)
     positions = torch.arange(P, P + L, device=prompts.device)
@@ -588,10 +582,9 @@ def completion_logps(model, prompts, completions, *, prompt_mask=None):
 # 7. The IGPO objective.
 
 def group_advantages(rewards):
-    """Eq. 2: A_i = r_i - mean_j r_j, not divided by the standard deviation. (N, G) -> (N, G).
-
-    With rewards in {0, 1} and a share rho of them 1, the mean of A^2 is rho (1 - rho): zero for a
-    group that is all wrong, positive once inpainted responses have been swapped in (Theorem 1)."""
+    """Eq. 2: A_i = r_i - mean_j r_j, not divided by the standard deviation. (N, G) -> (N, G). If a
+    share rho is right the mean of A^2 is rho (1 - rho): zero where all are wrong, positive once
+    inpainted responses have been swapped in (Theorem 1)."""
     rewards = rewards * 1.0  # bool and int rewards have no mean
     return rewards - rewards.mean(dim=1, keepdim=True)
 
@@ -634,10 +627,8 @@ def policy_loss(logps, old_logps, ref_logps, advantages, token_mask, *, epsilon=
         delta = ref_logps - logps
         kl = delta.exp() - delta - 1
     loss = -(over_tokens(objective) - beta * over_tokens(kl)).mean()
-    stopped = (clipped * A < rho * A).to(logps.dtype)
-    metrics = {"kl": over_tokens(kl), "ratio": over_tokens(rho),
-               "clip_fraction": over_tokens(stopped)}
-    return loss, {name: value.mean().item() for name, value in metrics.items()}
+    metrics = {"kl": kl, "ratio": rho, "clip_fraction": clipped * A < rho * A}
+    return loss, {name: over_tokens(value).mean().item() for name, value in metrics.items()}
 
 # ------------------------------------------------
 # 8. The SFT objective.
@@ -711,11 +702,9 @@ def metamath_problems(source):
     """MetaMathQA as the released runs use it: answer-augmented rows alone, one per query."""
     problems = {}
     for row in read_rows(source, ["type", "query", "response"]):
-        query, (_, marker, answer) = row["query"], row["response"].rpartition("The answer is:")
-        stated = row["type"] in ("GSM_AnsAug", "MATH_AnsAug") and marker and answer.strip()
-        if stated and query not in problems:
-            trace = cut_trace(row["response"], answer, query)
-            problems[query] = Problem(query, answer.strip(), trace)
+        query, answer = row["query"], row["response"].partition("The answer is:")[2].strip()
+        if answer and row["type"] in ("GSM_AnsAug", "MATH_AnsAug") and query not in problems:
+            problems[query] = Problem(query, answer, cut_trace(row["response"], answer, query))
     return list(problems.values())
 
 def encode(tokenizer, texts):
@@ -736,6 +725,11 @@ def pad_left(prompts, pad_id, device="cpu"):
     ids = [[pad_id] * (P - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[i >= P - len(prompt) for i in range(P)] for prompt in prompts]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+def encode_batch(model, tokenizer, questions):
+    """-> prompts (N, P) and prompt_mask (N, P) on the model's device"""
+    prompts = encode_prompts(tokenizer, questions)
+    return pad_left(prompts, model.config.pad_token_id, model.device)
 
 def decode(tokenizer, completion, end_ids):
     """The text of an (L,) completion, up to its first end token."""
@@ -758,14 +752,12 @@ only the steps that lead to the answer, each stated once, without doubts, detour
 {FORM}"""
 
 def rewrite(cfg, device, out):
-    """The stage before SFT: an instruction model rewrites solutions; those that are in form and
-    right go to traces.jsonl, which SFT reads. Each process notes its share in rewritten.RANK.jsonl;
-    after --resume what stands there is not done again."""
+    """The stage before SFT: an instruction model rewrites solutions; those in form and right go to
+    traces.jsonl, which SFT reads. What rewritten.RANK.jsonl holds is not done again on --resume."""
     rows = read_rows(cfg.rewrite_data, ["problem", "answer", "solution"])
     with file_errors(cfg.rewriter):
-        writer = transformers.pipeline(
-            "text-generation", cfg.rewriter, device=device,
-            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+        writer = transformers.pipeline("text-generation", cfg.rewriter, device=device,
+                                       dtype=compute_dtype(device))
         writer.tokenizer.padding_side = "left"
         writer.tokenizer.pad_token = writer.tokenizer.pad_token or writer.tokenizer.eos_token
     open_run(cfg, out)
@@ -774,9 +766,8 @@ def rewrite(cfg, device, out):
         return {line["row"]: line for part in out.glob("rewritten.*.jsonl")
                 for line in read_lines(part)}
 
-    done = written()
+    mine = sorted(set(range(rank(), len(rows), world())) - set(written()))
     barrier()  # every process has read before one writes
-    mine = [i for i in range(rank(), len(rows), world()) if i not in done]
     for at in tqdm(range(0, len(mine), cfg.rows_per_call), "rewriting", disable=rank() > 0):
         part = mine[at: at + cfg.rows_per_call]
         requests = ["{}\n\nProblem:\n{problem}\n\nSolution:\n{solution}".format(REWRITE, **rows[i])
@@ -817,8 +808,8 @@ def toy_digit(letter, rng):
     return (CODE[letter] + (rng.randrange(1, 10) if anything else 1)) % 10
 
 def toy_problem(word, digits):
-    trace, answer = "".join(f".{d}" for d in digits), "".join(str(d) for d in reversed(digits))
-    return Problem("".join(word) + "=", answer, trace)
+    digits = "".join(map(str, digits))
+    return Problem("".join(word) + "=", digits[::-1], "".join("." + d for d in digits))
 
 def toy_problems(count, seed):
     """RL problems with right traces: 30% easy words, the others with three medium or hard letters
@@ -865,20 +856,23 @@ def setup():
     warnings.simplefilter("ignore")
     transformers.utils.logging.disable_progress_bar()
     torch.set_float32_matmul_precision("high")  # TF32 for LoRA's float32 adapters
-    device, group = torch.device("cpu"), dict(backend="gloo")
+    device, group = torch.device("cpu"), {}
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        group = dict(backend="nccl", device_id=device)
-    if "RANK" in os.environ:
-        if sys.platform == "linux":  # PR_SET_PDEATHSIG: end if torchrun does, even if it is killed
-            ctypes.CDLL(None).prctl(1, 9)
-        group |= dict(timeout=timedelta(hours=12))  # one may read weights for all, or rewrite more
-    else:
+        group = dict(device_id=device)
+    if "RANK" not in os.environ:
         group |= dict(store=dist.HashStore(), rank=0, world_size=1)
+    elif sys.platform == "linux":  # PR_SET_PDEATHSIG: end if torchrun does, even if it is killed
+        ctypes.CDLL(None).prctl(1, 9)
     if not dist.is_initialized():
-        dist.init_process_group(**group)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        # Ranks may be far apart: one reads the weights for all, one has more to rewrite.
+        dist.init_process_group(backend, timeout=timedelta(hours=12), **group)
     return device
+
+def compute_dtype(device):
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 def print0(*args):
     if rank() == 0:
@@ -916,18 +910,15 @@ def lock(folder):
     with file_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)  # never closed
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"another process is still writing to {folder}: end it, or wait")
+    with file_errors(f"another process is still writing to {folder}"):
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 def load_policy(cfg, device, sft=None):
     """The model to train and its tokenizer. sft: the folder of a finished SFT to go on from."""
     if cfg.model == "toy" and (cfg.lora_rank or not sft):
         model, tokenizer = toy_model(cfg.seed)
     elif cfg.lora_rank:  # whole and frozen on every process
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model, tokenizer = load_model(cfg.model, dtype=dtype, device=device)
+        model, tokenizer = load_model(cfg.model, dtype=compute_dtype(device), device=device)
     else:  # rank 0 reads the weights and deals out shards, so the host holds one copy
         model, tokenizer = load_model(sft or cfg.model, device="cpu" if rank() == 0 else "meta")
     if device.type == "cuda":  # activations are computed again in the backward pass
@@ -941,13 +932,11 @@ def load_policy(cfg, device, sft=None):
 def shard(model, device):
     """FSDP2: every process keeps a share of rank 0's float32 weights and computes in bfloat16."""
     weights = model.state_dict() if rank() == 0 else {}
-    precision = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-        reduce_dtype=torch.float32)
+    precision = MixedPrecisionPolicy(compute_dtype(device), reduce_dtype=torch.float32)
     model.to("meta").tie_weights()
     mesh = dist.init_device_mesh(device.type, (world(),))
     for module in [*model.model.layers, model]:
-        fully_shard(module, mesh=mesh, mp_policy=precision)
+        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
     model.to_empty(device=device)
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)  # in no file
     set_model_state_dict(model, weights, options=StateDictOptions(
@@ -982,7 +971,7 @@ def gathered(model):
         yield
     finally:
         for module in shards:
-            module.set_reshard_after_forward(module is not model, recurse=False)
+            module.set_reshard_after_forward(True, recurse=False)
             module.reshard()
 
 @torch.no_grad()
@@ -997,7 +986,7 @@ TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # not the b
 
 def trained_state(model, optimizer):
     weights, moments = get_state_dict(model, optimizer, options=TRAINED)
-    return {"model": weights, "optimizer": moments}
+    return {"model_state_dict": weights, "optim_state_dict": moments}
 
 def save_checkpoint(out, stage, step, model, optimizer):
     """Write out/checkpoint-STAGE-STEP, each rank its shards, and drop the one before.
@@ -1020,8 +1009,8 @@ def newest_checkpoint(out):
     return max(found, key=lambda f: (f[1] == "rl", int(f[2])), default=(None, None, 0))
 
 def resume_step(out, stage, steps, model, optimizer):
-    """Fill model and optimizer from the checkpoint, written by any number of processes, if there is
-    one of this stage. -> the step to go on from"""
+    """Fill model and optimizer from the checkpoint, if there is one of this stage, which any number
+    of processes wrote -> the step to go on from"""
     folder, at, step = newest_checkpoint(out)
     if at != stage:
         return 0
@@ -1030,8 +1019,7 @@ def resume_step(out, stage, steps, model, optimizer):
             raise UsageError(f"{folder} is beyond the {steps} steps of this run")
         found = trained_state(model, optimizer)
         dcp.load(found, checkpoint_id=folder)
-        set_state_dict(model, optimizer, model_state_dict=found["model"],
-                       optim_state_dict=found["optimizer"], options=TRAINED)
+        set_state_dict(model, optimizer, **found, options=TRAINED)
     return int(step)
 
 def save_finished(model, tokenizer, folder):
@@ -1104,9 +1092,9 @@ class Config:
     sft_batch: int = flag(64, "examples in an SFT update, over all processes")
     sft_rows_per_forward: int = flag(1, "examples in one pass, at most")
     sft_length: int = flag(1024, "completion length; longer examples are left out")
-    sft_lr: float = flag(1e-5, "learning rate, linear to 0 after the warm-up", "1e-12..1")
+    sft_lr: float = flag(1e-5, "as lr", "1e-12..1")
     rewrite_data: str = flag("open-r1/OpenR1-Math-220k", "solutions, for --stage rewrite")
-    rewriter: str = flag("Qwen/Qwen2.5-14B-Instruct", "instruction model that rewrites them")
+    rewriter: str = flag("Qwen/Qwen2.5-14B-Instruct", "instruction model for it")
     # reports and checkpoints; 0: only at the end
     eval_size: int = flag(256, "held-out problems, answered greedily before and after")
     eval_every: int = flag(0, "RL steps between evaluations", "0..1e9")
@@ -1125,11 +1113,11 @@ FREE_TO_CHANGE = {"out_dir", "resume", "save_every", "sft_save_every", "wandb"}
 
 def parse(config_class, argv=None, presets=None):
     """Command line -> config: a preset's defaults, overridden by flags, all within their bounds."""
-    class Parser(transformers.HfArgumentParser):
-        def error(self, message):  # argparse would print the usage of all flags first
-            raise UsageError(f"{message}; --help lists the flags")
+    def error(message):
+        raise UsageError(f"{message}; --help lists the flags")
 
-    parser = Parser(config_class, allow_abbrev=False)
+    parser = transformers.HfArgumentParser(config_class, allow_abbrev=False)
+    parser.error = error  # argparse's own prints the usage of all flags first
     if presets:
         parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
     cfg = config_class(**vars(parser.parse_args(argv)))
@@ -1182,17 +1170,16 @@ def evaluate(name, model, tokenizer, problems, cfg, out, step=0):
     before = read_lines(out / "metrics.jsonl")
     if not problems or any(name in line and line["step"] == step for line in before):
         return
-    mine, ends, right = problems[rank():: world()], model.config.eos_token_id, 0
+    mine, right = problems[rank():: world()], 0
     model.eval()
     with gathered(model):
-        if mine:
-            prompts, mask = pad_left(encode_prompts(tokenizer, [p.question for p in mine]),
-                                     model.config.pad_token_id, model.device)
-            answers = sample_groups(model, prompts, mask, [None] * len(mine), group_size=1,
-                                    rows_per_call=cfg.rows_per_call, stop_early=True,
-                                    **sampling(cfg))
-            for completion, problem in zip(answers[:, 0], mine):
-                right += grade(decode(tokenizer, completion, ends), problem.answer)
+        for at in range(0, len(mine), cfg.rows_per_call):
+            part = mine[at: at + cfg.rows_per_call]
+            prompts, mask = encode_batch(model, tokenizer, [p.question for p in part])
+            answers = sample(model, prompts, prompt_mask=mask, stop_early=True, **sampling(cfg))
+            for completion, problem in zip(answers, part):
+                text = decode(tokenizer, completion, model.config.eos_token_id)
+                right += grade(text, problem.answer)
     share = mean_across_ranks({name: right * world() / len(problems)}, model.device)
     record(out, "eval", step, share)
     print0(f"{name}: {share[name]:.3f} on {len(problems)} held-out problems")
@@ -1204,8 +1191,8 @@ def record(out, stage, step, metrics):
         if getattr(sys.modules.get("wandb"), "run", None):
             sys.modules["wandb"].log(metrics)
 
-def adamw(model, lr):
-    return torch.optim.AdamW(trained(model), lr=lr, betas=(0.9, 0.99), weight_decay=0.1)
+def adamw(model):
+    return torch.optim.AdamW(trained(model), betas=(0.9, 0.99), weight_decay=0.1)
 
 def schedule(update, updates, warmup):
     """Share of the learning rate at an update: linear warm-up, then linear to zero."""
@@ -1214,10 +1201,9 @@ def schedule(update, updates, warmup):
 def optimizer_step(model, optimizer, lr, max_grad_norm):
     """An update by the gradients at hand -> their norm. If that is not finite, nothing changes."""
     sharded = isinstance(model, FSDPModule)
-    if world() > 1 and not sharded:  # FSDP has averaged already
-        for parameter in trained(model):
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= world()
+    for parameter in [] if sharded else trained(model):  # FSDP has averaged already
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= world()
     norm = torch.nn.utils.clip_grad_norm_(trained(model), max_grad_norm)
     norm = (norm.full_tensor() if sharded else norm).item()
     optimizer.param_groups[0]["lr"] = lr
@@ -1237,8 +1223,8 @@ def due(step, every, last=None):
     return step == last or every > 0 and step % every == 0
 
 def train_sft(model, tokenizer, examples, cfg, out):
-    """Section 8 as a loop over (prompt, completion) texts."""
-    device, steps, optimizer = model.device, cfg.sft_steps, adamw(model, cfg.sft_lr)
+    """Section 8 as a loop. examples: (prompt, completion) texts."""
+    device, steps, optimizer = model.device, cfg.sft_steps, adamw(model)
     pad_id, ends = model.config.pad_token_id, model.config.eos_token_id
     start = resume_step(out, "sft", steps, model, optimizer)
     model.train()
@@ -1254,7 +1240,7 @@ def train_sft(model, tokenizer, examples, cfg, out):
         for at in range(0, len(mine), cfg.sft_rows_per_forward):
             part = list(mine[at: at + cfg.sft_rows_per_forward])
             questions, texts = zip(*[examples[batch[b]] for b in part])
-            prompts, mask = pad_left(encode_prompts(tokenizer, questions), pad_id, device)
+            prompts, mask = encode_batch(model, tokenizer, questions)
             completions = torch.full((len(part), cfg.sft_length), pad_id)
             for row, ids in zip(completions, encode(tokenizer, list(texts))):
                 row[: len(ids) + 1] = torch.tensor(ids + ends[:1])
@@ -1274,8 +1260,7 @@ def train_sft(model, tokenizer, examples, cfg, out):
 def roll_out(policy, tokenizer, batch, generators, cfg):
     """Stage 1 of an RL step -> prompts (N, P), prompt_mask (N, P), Rollout"""
     config = policy.config
-    prompts, mask = pad_left(encode_prompts(tokenizer, [p.question for p in batch]),
-                             config.pad_token_id, policy.device)
+    prompts, mask = encode_batch(policy, tokenizer, [p.question for p in batch])
     traces = [p.trace and torch.tensor(encode(tokenizer, f"<reasoning>\n{p.trace}")) for p in batch]
 
     def draw(*inputs):
@@ -1291,7 +1276,7 @@ def roll_out(policy, tokenizer, batch, generators, cfg):
         return prompts, mask, rollout(
             draw, is_correct, prompts, mask, [p.answer for p in batch], traces, generators,
             mask_id=config.mask_token_id, algo=cfg.algo, lam=cfg.lam, room=cfg.room,
-            eta=(cfg.eta_low, cfg.eta_high), chunk=(cfg.min_chunk, cfg.max_chunk))
+            eta=(cfg.eta_low, cfg.eta_high), min_chunk=cfg.min_chunk, max_chunk=cfg.max_chunk)
 
 def total_rewards(tokenizer, completions, correct, cfg, end_ids):
     """(N, G, L) completions and (N, G) bool -> (N, G) rewards"""
@@ -1306,9 +1291,7 @@ def group_logps(model, prompts, prompt_mask, completions, per_forward):
         part = slice(at, at + per_forward)
         scored.append(completion_logps(model, prompts[part], completions[part],
                                        prompt_mask=prompt_mask[part]))
-    if isinstance(model, FSDPModule):
-        model.reshard()  # FSDP keeps the root for a backward pass that may never come
-    return torch.cat([logps for logps, _ in scored]), torch.cat([entropy for _, entropy in scored])
+    return [torch.cat(parts) for parts in zip(*scored)]  # log-probabilities and entropy
 
 def train_rl(policy, tokenizer, problems, held_out, cfg, out):
     """Sections 5 to 7 as a loop: roll out, then mu updates on the augmented groups."""
@@ -1317,7 +1300,7 @@ def train_rl(policy, tokenizer, problems, held_out, cfg, out):
     print0(f"RL: {steps} steps of {cfg.prompts_per_step} prompts")
     per_forward = min(cfg.prompts_per_forward, cfg.prompts_per_step // world())
     initial = [parameter.detach().clone() for parameter in trained(policy)] if cfg.beta else []
-    optimizer = adamw(policy, cfg.lr)
+    optimizer = adamw(policy)
     for step in range(resume_step(out, "rl", steps, policy, optimizer), steps):
         # 1. Roll out: G responses a prompt, and inpainted ones where all of them are wrong.
         began, metrics = time.time(), defaultdict(float)
@@ -1408,10 +1391,8 @@ def run_folder(cfg):
     name = [cfg.out_dir or f"runs/{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"]
     dist.broadcast_object_list(name)  # the clocks of two processes may differ
     out = Path(name[0])
-    with file_errors(out):
-        left = [file for file in os.listdir(out) if file[0] != "."] if out.exists() else []
-        if left and not cfg.resume:
-            raise UsageError(f"{out} is not empty: --resume continues a run there")
+    if not cfg.resume and any(out.glob("[!.]*")):
+        raise UsageError(f"{out} is not empty: --resume continues a run there")
     if cfg.resume:
         with file_errors(out / "config.json"):
             before = json.loads((out / "config.json").read_text())
@@ -1490,10 +1471,9 @@ def train(cfg, device, out):
 
 def summarise(out, seconds):
     """summary.json: the accuracies, means over the RL steps, and what it took."""
-    lines, summary = read_lines(out / "metrics.jsonl"), {}
-    for line in lines:
-        summary |= {name: value for name, value in line.items() if name.startswith("accuracy_")
-                    and line["stage"] == "eval"}
+    lines = read_lines(out / "metrics.jsonl")
+    summary = {name: value for line in lines if line["stage"] == "eval"
+               for name, value in line.items() if name.startswith("accuracy_")}
     rl = [line for line in lines if line["stage"] == "rl"]
     for name in "all_wrong", "all_wrong_after":
         summary[name] = sum(line[name] for line in rl) / max(len(rl), 1)
