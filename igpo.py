@@ -159,29 +159,34 @@ def load_model(name_or_path, *, dtype=None, device="cpu"):
 
 def save_model(model, tokenizer, folder):
     """Write a folder that load_model and the family's own code read: a LLaDA has LLaDA's parameter
-    names and config.json again. Processes that share a model all call this."""
+    names and config.json again. All processes call this."""
     weights = get_model_state_dict(model, options=StateDictOptions(
         full_state_dict=True, cpu_offload=True))
     if dist.is_initialized() and rank() > 0:
         return
     folder, adapted = Path(folder), hasattr(model, "peft_config")
-    folder.mkdir(parents=True, exist_ok=True)
     if adapted:
+        (folder / "adapter").mkdir(parents=True, exist_ok=True)
         adapter = {name: weight for name, weight in weights.items() if ".lora_" in name}
-        save_file(adapter, folder / "adapter.safetensors")  # for RL to go on from
+        save_file(adapter, folder / "adapter" / "weights.safetensors")  # for RL to go on from
         for name, module in model.named_modules():
             if hasattr(module, "get_delta_weight"):  # bfloat16 would round a small update away
                 base = f"{name}.base_layer.weight"
                 weights[base] = weights[base].float() + module.get_delta_weight("default").cpu()
-    weights = {name.replace(".base_layer", ""): weight for name, weight in weights.items()
-               if ".lora_" not in name}
+        weights = {name.replace(".base_layer", ""): weight.float()
+                   for name, weight in weights.items() if ".lora_" not in name}
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
+    files = getattr(model, "source_files", {})
+    if files:  # for the family's own loader
+        dtype = str(weights["model.norm.weight"].dtype).removeprefix("torch.")
+        config = json.loads(files["config.json"]) | {"torch_dtype": dtype}
+        files = files | {"config.json": json.dumps(config, indent=2)}
     model._hf_peft_config_loaded = False  # save all weights
     model.save_pretrained(folder, state_dict=weights)
     model._hf_peft_config_loaded = adapted
     tokenizer.save_pretrained(folder)
-    for name, text in getattr(model, "source_files", {}).items():  # for the family's own loader
+    for name, text in files.items():
         (folder / name).write_text(text)
 
 def attention_mask(prompt_mask, gen_length):
@@ -294,8 +299,8 @@ def uniform_noise(shape, generators, device):
     return torch.cat(noise).clamp(max=1 - 1e-6).to(device)  # u times a sum stays below the sum
 
 class BlockLayer(DynamicLayer):
-    """A layer's keys and values of the whole canvas, of which later passes overwrite a block's: the
-    others would change little (the dual cache of Fast-dLLM)."""
+    """Keys and values of the whole canvas, of which later passes overwrite a block's: the others
+    would change little (the dual cache of Fast-dLLM)."""
 
     def __init__(self, block):
         super().__init__()
@@ -347,10 +352,9 @@ def make_hint(trace_ids, ratio, *, gen_length, mask_id, min_chunk=5, max_chunk=1
 NUMBER = re.compile(r"(?<![\d.])\d[\d,]*(?:\.\d+)?")
 
 def cut_trace(solution, answer, question=""):
-    """The part of a reference solution before it gives its answer away, None where nothing is left:
-    a hint that contains the answer invites copying it. A number is the answer wherever it has its
-    value (270.00 is 270), anything else where it stands literally. What the question contains is no
-    secret: then the answer is given away at its last place, else at its first."""
+    """The part of a reference solution before it gives its answer away, or None: a hint with the
+    answer invites copying. A number is the answer wherever it has its value (270.00 is 270). What
+    the question contains is no secret: then the answer's last place counts, else its first."""
     body = re.split(r"The answer is|####", solution)[0]
     answer = answer.strip().strip("$").lstrip("-")
     pattern, value = re.compile(rf"(?<![\\\w]){re.escape(answer)}(?!\w)"), str
@@ -373,8 +377,8 @@ def cut_trace(solution, answer, question=""):
     return body[:end].rstrip() or None
 
 # ------------------------------------------------
-# 4. Rewards. An answer must be committed to; equality is mathematical, and math-verify does the
-#    mathematics, in a process of its own: what it cannot decide in a second of CPU time is wrong.
+# 4. Rewards. An answer must be committed to; whether it equals the reference, math-verify decides:
+#    what takes it more than a second of CPU time is wrong.
 
 LONGEST_ANSWER = 300  # characters; regexes and sympy are slow on length
 GRADE_TIMEOUTS = 0    # answers that ran out of time so far, in this process
@@ -453,8 +457,8 @@ def number(text):
     plain = re.fullmatch(r"\(?([-+]?(\d+/0*[1-9]\d*|(\d+\.?\d*|\.\d+)(e[-+]?\d{1,3})?))\)?", text)
     return Fraction(plain[1]) if plain else None
 
-# The judge reads [answer, reference] lines and prints 7 (equal), 0 or 1 (not), or less (killed), of
-# a fork under kernel limits for each, because nothing else stops big-integer C code.
+# For each [answer, reference] the judge prints 7 (equal), 0 or 1 (not), or less (killed), from a
+# fork under kernel limits, as nothing else stops big-integer C code.
 JUDGE = r"""
 import json, os, resource, sys
 from math_verify import LatexExtractionConfig, parse, verify
@@ -471,7 +475,7 @@ for line in sys.stdin:
         os._exit(7 * same(*json.loads(line)))  # an exception exits with 1
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-judge = None  # the process, started at the first need, because sympy imports slowly
+judge = None  # the process, started when needed: sympy imports slowly
 
 def ask_judge(answer, reference):
     """Whether math-verify finds the two equal. Not for several threads at once."""
@@ -489,7 +493,7 @@ def ask_judge(answer, reference):
         if select.select([judge.stdout], [], [], 5)[0]:
             verdict = judge.stdout.readline()
     finally:
-        if not verdict:  # it was stopped or killed, or interrupted and must not answer later
+        if not verdict:  # stuck or dead, or interrupted: it must not answer later
             judge.kill()
             judge.wait()
     GRADE_TIMEOUTS += verdict not in ("0\n", "1\n", "7\n")
@@ -702,7 +706,8 @@ def metamath_problems(source):
     """MetaMathQA as the released runs use it: answer-augmented rows alone, one per query."""
     problems = {}
     for row in read_rows(source, ["type", "query", "response"]):
-        query, answer = row["query"], row["response"].partition("The answer is:")[2].strip()
+        query, (_, marker, answer) = row["query"], row["response"].rpartition("The answer is:")
+        answer = answer.strip() if marker else ""
         if answer and row["type"] in ("GSM_AnsAug", "MATH_AnsAug") and query not in problems:
             problems[query] = Problem(query, answer, cut_trace(row["response"], answer, query))
     return list(problems.values())
@@ -719,8 +724,7 @@ def encode_prompts(tokenizer, questions):
     return encode(tokenizer, list(questions))
 
 def pad_left(prompts, pad_id, device="cpu"):
-    """Lists of ids -> (N, P) ids and (N, P) mask. With padding on the left, every completion starts
-    at column P."""
+    """Lists of ids -> (N, P) ids and mask. Padded on the left, completions start at column P."""
     P = max(map(len, prompts))
     ids = [[pad_id] * (P - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[i >= P - len(prompt) for i in range(P)] for prompt in prompts]
@@ -737,14 +741,14 @@ def decode(tokenizer, completion, end_ids):
     return tokenizer.decode(written, skip_special_tokens=True)
 
 def batch_indices(size, batch, step, seed):
-    """Which of `size` examples a step takes: a function of the step alone, each once an epoch."""
+    """Which of `size` examples a step takes, each once an epoch."""
     places = [divmod(place, size) for place in range(step * batch, (step + 1) * batch)]
     shuffles = {epoch: torch.randperm(size, generator=seeded(seed, "epoch", epoch)).tolist()
                 for epoch, _ in places}
     return [shuffles[epoch][i] for epoch, i in places]
 
 def seeded(*key):
-    """A generator of its own for whatever the key names, for instance (seed, step, prompt)."""
+    """A generator for what the key names, for instance (seed, step, prompt)."""
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()) << 16)
 
 REWRITE = f"""Rewrite the solution of the problem so that it is concise, structured and rigorous:
@@ -787,12 +791,11 @@ def rewrite(cfg, device, out):
         write_file(out / "traces.jsonl", "".join(kept))
         print(f"{out / 'traces.jsonl'}: {len(kept)} of {len(rows)} rewritten traces")
 
-# The toy world is a cipher: each letter stands for one digit. A problem is a word, "cafb="; the
-# trace y* spells its digits, ".3.1.4.0", and the answer is these in reverse, "0413", which never
-# stands in the trace. SFT teaches the form and a part of the code: its traces are always right
-# about an easy letter, in 45% of cases about a medium one (else one fixed wrong digit) and in 7%
-# about a hard one (else that, or a random digit). Words with three hard letters are nearly always
-# all-wrong groups, of which GRPO learns nothing; a hint with one digit leaves two to guess.
+# The toy world is a cipher: each letter stands for a digit. A problem is a word, "cafb="; the trace
+# y* spells its digits, ".3.1.4.0", and the answer is these in reverse, "0413". SFT teaches the form
+# and a part of the code: its traces are always right about easy letters, in 45% of cases about
+# medium ones (else one fixed wrong digit) and in 7% about hard ones (else that, or any). Words with
+# three hard letters are nearly always all-wrong groups; a hint with one digit leaves two to guess.
 
 EASY, MEDIUM, HARD = "abcdef", "ghijk", "lmnop"
 TOY_WORDS = [*"0123456789", *EASY, *MEDIUM, *HARD, ".", "=", "}", "\\boxed{", "<reasoning>\n",
@@ -812,8 +815,7 @@ def toy_problem(word, digits):
     return Problem("".join(word) + "=", digits[::-1], "".join("." + d for d in digits))
 
 def toy_problems(count, seed):
-    """RL problems with right traces: 30% easy words, the others with three medium or hard letters
-    and an easy one, half each."""
+    """RL problems: an easy letter with three easy, medium or hard ones, and a right trace."""
     rng, problems = random.Random(f"rl {seed}"), []
     for _ in range(count):
         kind = rng.choices([EASY, MEDIUM, HARD], weights=[30, 35, 35])[0]
@@ -823,7 +825,6 @@ def toy_problems(count, seed):
     return problems
 
 def toy_sft_rows(count, seed):
-    """SFT rows over words of any letters."""
     rng, rows = random.Random(f"sft {seed}"), []
     for _ in range(count):
         word = rng.choices(EASY + MEDIUM + HARD, k=4)
@@ -833,7 +834,7 @@ def toy_sft_rows(count, seed):
     return rows
 
 def toy_model(seed):
-    """A small bidirectional Llama with random weights, and its tokenizer of letters and tags."""
+    """A small random bidirectional Llama and its tokenizer of letters and tags."""
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(TOY_WORDS)}, "<unknown>"))
     words.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?\w+>\n?|\\boxed\{|[\s\S]"), "isolated")
     words.decoder = decoders.Fuse()
@@ -847,8 +848,7 @@ def toy_model(seed):
         pad_token_id=tokenizer.pad_token_id)), tokenizer
 
 # ------------------------------------------------
-# 10. Processes, files and checkpoints. The method above and the loops below read as if there were
-#     one process; what knows better is here.
+# 10. Processes, files and checkpoints.
 
 def setup():
     """Join the processes that torchrun started, or be a group of one -> this one's device."""
@@ -879,7 +879,6 @@ def print0(*args):
         print(*args, flush=True)
 
 def mean_across_ranks(metrics, device="cpu"):
-    """The mean over all processes of a dict of numbers."""
     values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=device)
     dist.all_reduce(values)
     return dict(zip(metrics, (values / world()).tolist()))
@@ -909,7 +908,7 @@ def lock(folder):
     """Make a folder, and lock it for as long as this program lives: only one at a time writes."""
     with file_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)  # never closed
+        file = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)  # never closed
     with file_errors(f"another process is still writing to {folder}"):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -954,15 +953,15 @@ def add_lora(model, cfg, sft):
         for parameter in trained(model):
             parameter.data = parameter.data.float()
         if sft:
-            model.load_state_dict(load_file(sft / "adapter.safetensors"), strict=False)
+            model.load_state_dict(load_file(sft / "adapter" / "weights.safetensors"), strict=False)
 
 def trained(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 @contextmanager
 def gathered(model):
-    """Hold the whole parameters for the length of a roll-out phase. A rank with more stuck groups
-    runs more forward passes than others, which would for ever wait to gather parameters."""
+    """Hold the whole parameters during a roll-out: a rank with more stuck groups runs more forward
+    passes than others, and would wait for them for ever to gather parameters."""
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in shards:
         module.set_reshard_after_forward(False, recurse=False)
@@ -976,7 +975,7 @@ def gathered(model):
 
 @torch.no_grad()
 def swap(parameters, others):
-    """Exchange the values of two lists of parameters: for scoring by the initial policy."""
+    """Exchange the values of two lists of parameters, for scoring by the initial policy."""
     for parameter, other in zip(parameters, others):
         value = parameter.clone()
         parameter.copy_(other)
@@ -989,47 +988,47 @@ def trained_state(model, optimizer):
     return {"model_state_dict": weights, "optim_state_dict": moments}
 
 def save_checkpoint(out, stage, step, model, optimizer):
-    """Write out/checkpoint-STAGE-STEP, each rank its shards, and drop the one before.
-
-    Everything random is a function of (seed, step, ...), so model, optimizer, step and metrics so
-    far are the whole state of a run. The folder has its name only when it is complete."""
-    folder, unfinished = out / f"checkpoint-{stage}-{step}", out / "unfinished"
+    """Write out/checkpoint-STAGE-STEP, named so when complete, and drop the one before. All that is
+    random is a function of (seed, step, ...), so there is no other state."""
+    folder = out / f"checkpoint-{stage}-{step}"
+    unfinished = out / f"unfinished-{folder.name}"
     with file_errors(folder):
         dcp.save(trained_state(model, optimizer), checkpoint_id=unfinished)
         if rank() == 0:
             shutil.copy(out / "metrics.jsonl", unfinished)
             unfinished.rename(folder)
-            for other in set(out.glob("checkpoint-*")) - {folder}:
-                shutil.rmtree(other)
+            for *_, other in checkpoints(out)[1:-1]:
+                shutil.rmtree(other, ignore_errors=True)
     barrier()
 
-def newest_checkpoint(out):
-    """-> its folder, stage and step. A kill may have left the one before it there."""
-    found = [(folder, *folder.name.split("-")[1:]) for folder in out.glob("checkpoint-*")]
-    return max(found, key=lambda f: (f[1] == "rl", int(f[2])), default=(None, None, 0))
+def checkpoints(out):
+    """Stage, step and folder of each, first none at all, last the newest."""
+    names = [re.fullmatch(r"checkpoint-(sft|rl)-(\d+)", path.name) for path in out.glob("*")]
+    found = [(name[1], int(name[2]), out / name[0]) for name in names if name]
+    return [(None, 0, None), *sorted(found, key=lambda found: (found[0] == "rl", found[1]))]
 
-def resume_step(out, stage, steps, model, optimizer):
-    """Fill model and optimizer from the checkpoint, if there is one of this stage, which any number
-    of processes wrote -> the step to go on from"""
-    folder, at, step = newest_checkpoint(out)
+def resume_step(checkpoint, stage, steps, model, optimizer):
+    """Fill model and optimizer from the checkpoint, if it is of this stage; any number of processes
+    may have written it -> the step to go on from"""
+    at, step, folder = checkpoint
     if at != stage:
         return 0
     with file_errors(folder):
-        if int(step) > steps:
+        if step > steps:
             raise UsageError(f"{folder} is beyond the {steps} steps of this run")
         found = trained_state(model, optimizer)
         dcp.load(found, checkpoint_id=folder)
         set_state_dict(model, optimizer, **found, options=TRAINED)
-    return int(step)
+    return step
 
 def save_finished(model, tokenizer, folder):
     """save_model; the folder appears when it is complete."""
-    unfinished = folder.with_name("unfinished")
-    if not folder.exists():
-        with file_errors(folder):
-            save_model(model, tokenizer, unfinished)
-            if rank() == 0:
-                unfinished.rename(folder)
+    unfinished = folder.with_name(f"unfinished-{folder.name}")
+    with file_errors(folder):
+        save_model(model, tokenizer, unfinished)
+        if rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            unfinished.rename(folder)
     barrier()
 
 # ------------------------------------------------
@@ -1047,11 +1046,11 @@ class Config:
     stage: Literal["rewrite", "sft", "rl", "all"] = flag("all", "all: SFT, if it has data, and RL")
     algo: Literal["igpo", "grpo", "resample"] = flag("igpo", "resample: second draw, no hints")
     model: str = flag("GSAI-ML/LLaDA-8B-Instruct", "folder or hub name; toy: made on the spot")
-    train_data: str = flag("meta-math/MetaMathQA", "RL problems: rows of MetaMathQA's form, or toy")
-    sft_data: str | None = flag(None, "SFT examples: rows with prompt and completion, or toy")
+    train_data: str = flag("meta-math/MetaMathQA", "RL problems in its form, or toy")
+    sft_data: str | None = flag(None, "rows with prompt and completion, or toy")
     out_dir: str | None = flag(None, "run folder; default: runs/PRESET-DATE-TIME")
     seed: int = flag(3, "seed of everything random", "0..1e9")
-    resume: bool = flag(False, "continue the run in out_dir; give the same flags again")
+    resume: bool = flag(False, "go on in out_dir, with the same flags")
     # sampler
     gen_length: int = flag(256, "completion length L, tokens")
     diffusion_steps: int = flag(128, "denoising steps for a completion")
@@ -1082,21 +1081,21 @@ class Config:
     max_steps: int | None = flag(None, "RL steps, in place of epochs", "1..1e9")
     lr: float = flag(5e-7, "learning rate, linear to 0 after the warm-up", "1e-12..1")
     warmup_steps: int = flag(50, "updates of linear warm-up, also in SFT", "0..1e9")
-    max_grad_norm: float = flag(0.2, "gradients are scaled down to this norm", "1e-9..1e9")
+    max_grad_norm: float = flag(0.2, "gradients are scaled to this", "1e-9..1e9")
     prompts_per_forward: int = flag(8, "prompts in one pass of an update, at most")
-    lora_rank: int = flag(0, "train LoRA adapters (pip install peft); 0: all weights", "0..1e9")
+    lora_rank: int = flag(0, "LoRA (pip install peft); 0: all weights", "0..1e9")
     lora_alpha: float = flag(128.0, "LoRA's scale is alpha / rank", "1e-9..1e9")
     lora_dropout: float = flag(0.0, "LoRA's dropout")
     # SFT
     sft_steps: int = flag(2000, "SFT updates")
     sft_batch: int = flag(64, "examples in an SFT update, over all processes")
     sft_rows_per_forward: int = flag(1, "examples in one pass, at most")
-    sft_length: int = flag(1024, "completion length; longer examples are left out")
+    sft_length: int = flag(1024, "completion length, at most")
     sft_lr: float = flag(1e-5, "as lr", "1e-12..1")
     rewrite_data: str = flag("open-r1/OpenR1-Math-220k", "solutions, for --stage rewrite")
     rewriter: str = flag("Qwen/Qwen2.5-14B-Instruct", "instruction model for it")
     # reports and checkpoints; 0: only at the end
-    eval_size: int = flag(256, "held-out problems, answered greedily before and after")
+    eval_size: int = flag(256, "held-out problems")
     eval_every: int = flag(0, "RL steps between evaluations", "0..1e9")
     save_every: int = flag(50, "RL steps between checkpoints", "0..1e9")
     sft_save_every: int = flag(0, "SFT steps between checkpoints", "0..1e9")
@@ -1112,7 +1111,7 @@ PRESETS = {"llada": {}, "toy": dict(
 FREE_TO_CHANGE = {"out_dir", "resume", "save_every", "sft_save_every", "wandb"}
 
 def parse(config_class, argv=None, presets=None):
-    """Command line -> config: a preset's defaults, overridden by flags, all within their bounds."""
+    """A preset's defaults, overridden by flags, all within their bounds."""
     def error(message):
         raise UsageError(f"{message}; --help lists the flags")
 
@@ -1130,7 +1129,6 @@ def parse(config_class, argv=None, presets=None):
     return cfg
 
 def check(cfg):
-    """What can be known to be wrong before anything is loaded."""
     blocks_of(cfg.gen_length, cfg.block_length, cfg.diffusion_steps)
     if cfg.eta_low > cfg.eta_high or cfg.min_chunk > cfg.max_chunk:
         raise UsageError("--eta_low is above --eta_high, or --min_chunk above --max_chunk")
@@ -1140,8 +1138,8 @@ def check(cfg):
     if cfg.stage == "sft" and not cfg.sft_data:
         raise UsageError("--stage sft needs --sft_data")
     if not (torch.cuda.is_available() or cfg.model == "toy" or Path(cfg.model).is_dir()):
-        raise UsageError(f"{cfg.model} is no folder, and from the hub it needs GPUs, 8 x 80 GB for "
-                         "the defaults; on a CPU try: python igpo.py --preset toy")
+        raise UsageError(f"{cfg.model} is no folder, and needs GPUs, 8 x 80 GB for the defaults; "
+                         "on a CPU try: python igpo.py --preset toy")
 
 def check_length(model, longest, completion_length):
     """Beyond the positions that it was trained for a model writes nonsense, without an error."""
@@ -1166,9 +1164,8 @@ def fitting(model, tokenizer, rows, completion_length, cfg):
     return fit
 
 def evaluate(name, model, tokenizer, problems, cfg, out, step=0):
-    """Greedy accuracy on held-out problems, into the log; a resumed run may have it there."""
-    before = read_lines(out / "metrics.jsonl")
-    if not problems or any(name in line and line["step"] == step for line in before):
+    """Greedy accuracy on held-out problems, into the log."""
+    if not problems:
         return
     mine, right = problems[rank():: world()], 0
     model.eval()
@@ -1185,7 +1182,6 @@ def evaluate(name, model, tokenizer, problems, cfg, out, step=0):
     print0(f"{name}: {share[name]:.3f} on {len(problems)} held-out problems")
 
 def record(out, stage, step, metrics):
-    """A line in metrics.jsonl, and in wandb where --wandb has started a run."""
     if rank() == 0:
         append_line(out / "metrics.jsonl", {"stage": stage, "step": step} | metrics)
         if getattr(sys.modules.get("wandb"), "run", None):
@@ -1209,24 +1205,21 @@ def optimizer_step(model, optimizer, lr, max_grad_norm):
     optimizer.param_groups[0]["lr"] = lr
     if math.isfinite(norm):
         optimizer.step()
-    else:
-        print0(f"no update, for the gradient's norm is {norm}: lower the learning rate")
     optimizer.zero_grad()
     return norm
 
 def add(total, metrics, share):
-    """Add a share of each metric to its total."""
     for name, value in metrics.items():
         total[name] += value * share
 
 def due(step, every, last=None):
     return step == last or every > 0 and step % every == 0
 
-def train_sft(model, tokenizer, examples, cfg, out):
+def train_sft(model, tokenizer, examples, checkpoint, cfg, out):
     """Section 8 as a loop. examples: (prompt, completion) texts."""
     device, steps, optimizer = model.device, cfg.sft_steps, adamw(model)
     pad_id, ends = model.config.pad_token_id, model.config.eos_token_id
-    start = resume_step(out, "sft", steps, model, optimizer)
+    start = resume_step(checkpoint, "sft", steps, model, optimizer)
     model.train()
     bar = tqdm(range(start, steps), "SFT", steps, initial=start, disable=rank() > 0, mininterval=1)
     for step in bar:
@@ -1251,6 +1244,8 @@ def train_sft(model, tokenizer, examples, cfg, out):
             add(metrics, values | {"loss": loss.item()}, len(part) / len(mine))
         lr = cfg.sft_lr * schedule(step, steps, cfg.warmup_steps)
         norm = optimizer_step(model, optimizer, lr, max_grad_norm=1.0)
+        if not math.isfinite(norm):
+            raise UsageError(f"SFT step {step + 1}: the gradient is not finite; lower --sft_lr")
         metrics = mean_across_ranks(metrics, device) | {"grad_norm": norm, "lr": lr}
         record(out, "sft", step + 1, metrics | {"seconds": time.time() - began})
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
@@ -1285,7 +1280,6 @@ def total_rewards(tokenizer, completions, correct, cfg, end_ids):
 
 @torch.no_grad()
 def group_logps(model, prompts, prompt_mask, completions, per_forward):
-    """completion_logps of many prompts, `per_forward` of them at a time."""
     scored = []
     for at in range(0, len(prompts), per_forward):
         part = slice(at, at + per_forward)
@@ -1293,15 +1287,15 @@ def group_logps(model, prompts, prompt_mask, completions, per_forward):
                                        prompt_mask=prompt_mask[part]))
     return [torch.cat(parts) for parts in zip(*scored)]  # log-probabilities and entropy
 
-def train_rl(policy, tokenizer, problems, held_out, cfg, out):
-    """Sections 5 to 7 as a loop: roll out, then mu updates on the augmented groups."""
+def train_rl(policy, tokenizer, problems, held_out, checkpoint, cfg, out):
+    """Sections 5 to 7 as a loop."""
     device, end_ids = policy.device, policy.config.eos_token_id
     steps = cfg.max_steps or max(cfg.epochs * len(problems) // cfg.prompts_per_step, 1)
     print0(f"RL: {steps} steps of {cfg.prompts_per_step} prompts")
     per_forward = min(cfg.prompts_per_forward, cfg.prompts_per_step // world())
     initial = [parameter.detach().clone() for parameter in trained(policy)] if cfg.beta else []
     optimizer = adamw(policy)
-    for step in range(resume_step(out, "rl", steps, policy, optimizer), steps):
+    for step in range(resume_step(checkpoint, "rl", steps, policy, optimizer), steps):
         # 1. Roll out: G responses a prompt, and inpainted ones where all of them are wrong.
         began, metrics = time.time(), defaultdict(float)
         batch = batch_indices(len(problems), cfg.prompts_per_step, step, cfg.seed)[rank():: world()]
@@ -1336,7 +1330,8 @@ def train_rl(policy, tokenizer, problems, held_out, cfg, out):
                 add(metrics, values | {"loss": loss.item()}, share / cfg.mu)
             lr = cfg.lr * schedule(step * cfg.mu + inner, steps * cfg.mu, cfg.warmup_steps)
             norm = optimizer_step(policy, optimizer, lr, cfg.max_grad_norm)
-            add(metrics, {"grad_norm": norm, "lr": lr}, 1 / cfg.mu)
+            skipped = not math.isfinite(norm)
+            add(metrics, {"grad_norm": norm, "skipped": skipped, "lr": lr}, 1 / cfg.mu)
 
         # 4. Report.
         metrics |= rollout_metrics(roll, entropy, learning, policy.config)
@@ -1366,7 +1361,6 @@ def rollout_metrics(roll, entropy, learning, config):
     return {name: value.float().mean().item() for name, value in values.items()}
 
 def report(out, step, steps, metrics, cfg):
-    """A line for people and one in metrics.jsonl. metrics: means over all processes."""
     metrics |= {
         "rescued": 1 - metrics["all_wrong_after"] / (metrics["all_wrong"] or 1),
         "tokens_per_second": world() * metrics.pop("tokens") / metrics["seconds_rollout"],
@@ -1376,6 +1370,8 @@ def report(out, step, steps, metrics, cfg):
            "-> {all_wrong_after:.2f}  kl {kl:.4f}  length {completion_length:.0f}  {seconds:.1f} s"
            .format(step, steps, **metrics))
     record(out, "rl", step, metrics)
+    if metrics["skipped"] > 0.999:
+        raise UsageError("no gradient of this step was finite; lower the learning rate")
 
 def show_group(tokenizer, roll, learning):
     """A rescued response as text: what was wrong, and what was inpainted around which [hints]."""
@@ -1394,6 +1390,8 @@ def run_folder(cfg):
     if not cfg.resume and any(out.glob("[!.]*")):
         raise UsageError(f"{out} is not empty: --resume continues a run there")
     if cfg.resume:
+        if len(checkpoints(out)) == 1 and ((out / "sft").exists() or (out / "final").exists()):
+            raise UsageError(f"--resume: {out} has no checkpoint any more")
         with file_errors(out / "config.json"):
             before = json.loads((out / "config.json").read_text())
             for name, value in asdict(cfg).items():
@@ -1402,15 +1400,16 @@ def run_folder(cfg):
     return out
 
 def open_run(cfg, out):
-    """All has been loaded: from here on the folder holds a run. Metrics of steps after the
-    checkpoint are dropped, for these steps are taken again."""
+    """Begin to write, now that all is loaded. Metrics after the checkpoint are dropped, for these
+    steps are taken again."""
     barrier()  # every process has looked at the folder
     if rank() == 0:
         lock(out)
         write_file(out / "config.json", json.dumps(asdict(cfg), indent=2))
-        checkpoint, *_ = newest_checkpoint(out)
-        with file_errors(out):
-            shutil.rmtree(out / "unfinished", ignore_errors=True)
+        *older, (_, _, checkpoint) = checkpoints(out)
+        for left in [*out.glob("unfinished-*"), *(folder for *_, folder in older if folder)]:
+            shutil.rmtree(left, ignore_errors=True)
+        with file_errors(checkpoint):
             metrics = (checkpoint / "metrics.jsonl").read_text() if checkpoint else ""
         write_file(out / "metrics.jsonl", metrics)
         if cfg.wandb:
@@ -1437,10 +1436,11 @@ def load_data(cfg):
     return problems, held_out, [(row["prompt"], row["completion"]) for row in sft_rows]
 
 def train(cfg, device, out):
-    """SFT where there are examples for it, then RL."""
     began, sft = time.time(), out.absolute() / "sft"  # "run/sft" might be a hub name
     problems, held_out, sft_rows = load_data(cfg)
-    past_sft = bool(sft_rows) and (sft.exists() or newest_checkpoint(out)[1] == "rl")
+    found = [checkpoints(out)[-1], sft.exists()]
+    dist.broadcast_object_list(found)  # two processes may see different states of a file system
+    checkpoint, past_sft = found[0], bool(sft_rows) and (found[1] or found[0][0] == "rl")
     model, tokenizer = load_policy(cfg, device, sft if past_sft else None)
     problems, all_problems = fitting(model, tokenizer, problems, cfg.gen_length, cfg), problems
     held_out = fitting(model, tokenizer, held_out, cfg.gen_length, cfg)
@@ -1454,15 +1454,16 @@ def train(cfg, device, out):
     print0(f"{cfg.model}: {model.num_parameters() / 1e6:.2f}M parameters, run folder {out}\n"
            f"{len(problems)} of {len(all_problems)} RL problems are short enough, "
            f"{sum(p.trace is None for p in problems)} have no trace to make hints of")
-    evaluate("accuracy_start", model, tokenizer, held_out, cfg, out)
+    if checkpoint[0] is None:
+        evaluate("accuracy_start", model, tokenizer, held_out, cfg, out)
     if examples:
         print0(f"SFT: {len(examples)} of {len(sft_rows)} examples are short enough")
-        train_sft(model, tokenizer, examples, cfg, out)
+        train_sft(model, tokenizer, examples, checkpoint, cfg, out)
         save_finished(model, tokenizer, sft)
-    if sft_rows:
+    if sft_rows and checkpoint[0] != "rl":
         evaluate("accuracy_sft", model, tokenizer, held_out, cfg, out)
     if problems:
-        train_rl(model, tokenizer, problems, held_out, cfg, out)
+        train_rl(model, tokenizer, problems, held_out, checkpoint, cfg, out)
         save_finished(model, tokenizer, out / "final")
         evaluate("accuracy_final", model, tokenizer, held_out, cfg, out)
     if rank() == 0:
@@ -1488,7 +1489,7 @@ def main(argv=None):
     (rewrite if cfg.stage == "rewrite" else train)(cfg, device, run_folder(cfg))
 
 def run_main(main, name):
-    """Run a command line, also eval.py's: what the user can put right is one line and status 2."""
+    """Run a command line, also eval.py's; a user's error is one line and status 2."""
     try:
         main()
     except UsageError as error:

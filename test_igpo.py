@@ -117,7 +117,7 @@ def test_a_llada_is_loaded_and_saved_exactly(tmp_path, shape):
     before, after = (load_file(f / "model.safetensors") for f in (folder, copy))
     torch.testing.assert_close(before, after, rtol=0, atol=0)
     before, after = (json.loads((f / "config.json").read_text()) for f in (folder, copy))
-    assert before == after
+    assert before | {"torch_dtype": "float32"} == after
     assert (copy / "configuration_llada.py").exists()  # for LLaDA's own loader
 
 def test_dream_is_read_one_to_the_left(tmp_path):
@@ -669,12 +669,13 @@ WRONG = [
     (weights("extra", torch.ones(2)), "", "unexpected_keys extra"),
     # the run
     (cut("run/config.json", 99), "--resume", "config.json: "),
-    (put("run/checkpoint-rl-2/metrics.jsonl"), "--resume", "run: No such file"),
+    (put("run/checkpoint-rl-2/metrics.jsonl"), "--resume", "checkpoint-rl-2: No such file"),
     (cut(SHARD, 1000), "--resume", "checkpoint-rl-2: "),
     (put(SHARD), "--resume", "checkpoint-rl-2: "),
     (lambda: Path("run/checkpoint-rl-2").rename("run/checkpoint-rl-9"), "--resume", "beyond the 3"),
     (put("run/sft/tokenizer.json"), "--resume", "sft has no tokenizer"),
     (cut("run/sft/model.safetensors", 1000), "--resume", "run/sft: "),
+    (lambda: shutil.rmtree("run/checkpoint-rl-2"), "--resume", "no checkpoint any more"),
     (lambda: shutil.rmtree("run/sft"), "--resume", "no model folder at .*run/sft")]
 
 def refusal(argv):
@@ -790,8 +791,8 @@ def test_the_toy_world():
 
 CONTRACT = set(
     "reward accuracy accuracy_after all_wrong all_wrong_after rescued hint_tokens hint_tokens_kept "
-    "empty_hints kl ratio clip_fraction entropy loss grad_norm lr completion_length cache "
-    "threshold tokens_per_second seconds seconds_rollout seconds_update".split())
+    "empty_hints kl ratio clip_fraction entropy loss grad_norm skipped lr completion_length "
+    "cache threshold tokens_per_second seconds seconds_rollout seconds_update".split())
 
 def test_the_toy_recipe_with_the_fast_sampler(tmp_path, monkeypatch):
     asked, sample = [], igpo.sample
@@ -843,14 +844,18 @@ def test_epochs_give_the_steps(world, tmp_path, capsys):
     assert igpo.load_model(final)[0].config.max_position_embeddings == 128
     assert (tmp_path / "run" / "checkpoint-rl-5").exists()  # the last step is checkpointed
 
-def test_updates_that_are_not_finite_change_nothing(capsys):
+def test_updates_that_are_not_finite_change_nothing_and_end_the_run(world, tmp_path, monkeypatch):
     model = tiny_model()
     before = [p.clone() for p in model.parameters()]
     (model(random_prompts(1, 3)).logits.mean() * math.nan).backward()
     assert math.isnan(igpo.optimizer_step(model, igpo.adamw(model), 1.0, 1.0))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     assert all(p.grad is None for p in model.parameters())
-    assert "no update, for the gradient's norm is nan" in capsys.readouterr().out
+    loss = igpo.policy_loss
+    monkeypatch.setattr(igpo, "policy_loss",
+                        lambda *a, **k: (loss(*a, **k)[0] * math.inf, {"kl": 0}))
+    said = refusal(flags(world, tmp_path / "run", "--mu", 10, sft=False))
+    assert "no gradient of this step was finite" in said and len(lines_of(tmp_path / "run")) == 1
 
 # Rewriting
 
@@ -924,14 +929,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(world, whole, tmp_path, arbitrar
     out, argv = tmp_path / "run", flags(world, tmp_path / "run", "--sft_save_every", 1)
     broken(argv, "sft", 1)  # nothing is checkpointed yet
     broken([*argv, "--resume"], "sft", 3)
-    assert igpo.newest_checkpoint(out)[1:] == ("sft", "2")
+    assert igpo.checkpoints(out)[-1][:2] == ("sft", 2)
     broken([*argv, "--resume"], "rl", 1)  # from sft/ and no checkpoint of this stage
     broken([*argv, "--resume"], "rl", 3)
     shutil.copytree(out / "checkpoint-rl-2", out / "checkpoint-rl-1")  # a kill left the one before
-    shutil.copytree(out / "checkpoint-rl-2", out / "unfinished")  # or a part of the next
+    shutil.copytree(out / "checkpoint-rl-2", out / "unfinished-checkpoint-rl-3")  # or of the next
+    shutil.copytree(out / "checkpoint-rl-2", out / "checkpoint-rl-2 (copy)")  # not ours
     igpo.main([*argv, "--resume"])
     same_runs(whole, out)
-    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-rl-3"]
+    assert sorted(p.name for p in out.glob("*checkpoint*")) == [
+        "checkpoint-rl-2 (copy)", "checkpoint-rl-3"]
     shutil.rmtree(out / "final")  # as if the disk had been full
     igpo.main([*argv, "--resume"])
     same_runs(whole, out)
