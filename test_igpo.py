@@ -23,7 +23,6 @@ import weakref
 import zlib
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -733,21 +732,18 @@ def test_every_number_is_refused_or_within_its_bounds():
 
 # Data
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_metamath_filter_deduplication_answers_and_traces(tmp_path, suffix):
+def test_metamath_filter_deduplication_answers_and_traces(tmp_path):
     rows = [meta("What is 2+3?", "It is\n2+3 = 5\n#### 5\nThe answer is: 5"),
             meta("What is 2+3?", "Again 2+3 = 5\nThe answer is: 5"),
             meta("Tell me 2+3", "5\nThe answer is: 5", "GSM_Rephrased"),
             meta("Half?", "It is $\\frac{1}{2}$.\nThe answer is: \\frac{1}{2}", "MATH_AnsAug"),
             meta("Words?", "Five.\n#### 5\nThe answer is: 5"), meta("None?", "It is 5.")]
-    path = tmp_path / f"data{suffix}"
-    if suffix == ".jsonl":
-        write_jsonl(path, *rows)
-    else:
-        datasets.Dataset.from_list(rows).to_parquet(path)
-    assert igpo.metamath_problems(str(path)) == [
-        ("What is 2+3?", "5", "It is\n2+3 ="), ("Half?", "\\frac{1}{2}", "It is"),
-        ("Words?", "5", None)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    for name in "data.jsonl", "data.json":  # read here, and by datasets
+        (tmp_path / name).write_text(text)
+        assert igpo.metamath_problems(tmp_path / name) == [
+            ("What is 2+3?", "5", "It is\n2+3 ="), ("Half?", "\\frac{1}{2}", "It is"),
+            ("Words?", "5", None)]
 
 def test_problems_are_held_out_filtered_and_batched(tmp_path):
     rows = [meta(f"{a}" * (a + 1), f"The answer is: {a}") for a in range(9)]
