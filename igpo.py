@@ -422,7 +422,7 @@ def committed_answer(completion):
 def grade(completion, reference):
     """Whether the completion commits to an answer that equals the reference, a string or number.
     Units, words and separators are ignored; 60% is 60 or 0.6; a number base may be left out."""
-    answer, reference = committed_answer(completion), str(reference).removesuffix(".0")
+    answer, reference = committed_answer(completion), str(reference)
     if answer is None or max(len(answer), len(reference)) > LONGEST_ANSWER:
         return False
     said, gold = simplified(answer), simplified(reference)
@@ -1096,8 +1096,7 @@ class Config:
     rewriter: str = flag("Qwen/Qwen2.5-14B-Instruct", "instruction model for it")
     # reports and checkpoints; 0: only at the end
     eval_size: int = flag(256, "held-out problems")
-    eval_every: int = flag(0, "RL steps between evaluations", "0..1e9")
-    save_every: int = flag(50, "RL steps between checkpoints", "0..1e9")
+    save_every: int = flag(50, "RL steps between evaluations and checkpoints", "0..1e9")
     sft_save_every: int = flag(0, "SFT steps between checkpoints", "0..1e9")
     wandb: str | None = flag(None, "project to send metrics to (pip install wandb)")
 
@@ -1280,11 +1279,8 @@ def total_rewards(tokenizer, completions, correct, cfg, end_ids):
 
 @torch.no_grad()
 def group_logps(model, prompts, prompt_mask, completions, per_forward):
-    scored = []
-    for at in range(0, len(prompts), per_forward):
-        part = slice(at, at + per_forward)
-        scored.append(completion_logps(model, prompts[part], completions[part],
-                                       prompt_mask=prompt_mask[part]))
+    batches = zip(*[x.split(per_forward) for x in (prompts, prompt_mask, completions)])
+    scored = [completion_logps(model, q, o, prompt_mask=mask) for q, mask, o in batches]
     return [torch.cat(parts) for parts in zip(*scored)]  # log-probabilities and entropy
 
 def train_rl(policy, tokenizer, problems, held_out, checkpoint, cfg, out):
@@ -1341,9 +1337,9 @@ def train_rl(policy, tokenizer, problems, held_out, checkpoint, cfg, out):
         report(out, step + 1, steps, mean_across_ranks(metrics, device), cfg)
         if step % 10 == 0 and roll.hinted.any():
             print0(show_group(tokenizer, roll, learning))
-        if due(step + 1, cfg.eval_every) and step + 1 < steps:
-            evaluate("eval_accuracy", policy, tokenizer, held_out, cfg, out, step + 1)
         if due(step + 1, cfg.save_every, last=steps):
+            name = "accuracy_final" if step + 1 == steps else "eval_accuracy"
+            evaluate(name, policy, tokenizer, held_out, cfg, out, step + 1)
             save_checkpoint(out, "rl", step + 1, policy, optimizer)
 
 def rollout_metrics(roll, entropy, learning, config):
@@ -1465,7 +1461,6 @@ def train(cfg, device, out):
     if problems:
         train_rl(model, tokenizer, problems, held_out, checkpoint, cfg, out)
         save_finished(model, tokenizer, out / "final")
-        evaluate("accuracy_final", model, tokenizer, held_out, cfg, out)
     if rank() == 0:
         summarise(out, time.time() - began)
     barrier()  # nobody leaves the group while another is in it
