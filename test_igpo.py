@@ -5,6 +5,7 @@ import ast
 import contextlib
 import dataclasses
 import dis
+import gc
 import json
 import math
 import os
@@ -980,6 +981,7 @@ def in_processes(argv, count=1, limit=resource.RLIM_INFINITY):
     """main() in forked processes, as torchrun or a shell starts it -> [(status, stderr)]. limit:
     the largest file that can be written, in bytes, as if the disk were full after it."""
     torch.distributed.destroy_process_group()  # its threads would be missing in a fork
+    gc.collect()
     with contextlib.suppress(OSError):  # closing a file also gives up this process's lock of it
         open(Path(argv[argv.index("--out_dir") + 1]) / ".lock").close()
     with socket.socket() as port:
@@ -989,6 +991,7 @@ def in_processes(argv, count=1, limit=resource.RLIM_INFINITY):
     for rank, file in enumerate(said):
         children.append(os.fork())
         if children[-1] == 0:
+            gc.freeze()  # what is left of a group would wait for its threads when it is collected
             try:
                 sys.stdout, sys.stderr, time.sleep = open(os.devnull, "w"), file, id
                 os.dup2(file.fileno(), 2)
