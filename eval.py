@@ -125,8 +125,8 @@ def device_name():
 
 def answer(model, tokenizer, prompts, jobs, seed, **sampling):
     """Sample one answer for each (problem, sample) of jobs -> their texts and lengths in tokens."""
-    ends, pad_id = model.config.eos_token_id, model.config.pad_token_id
-    ids, mask = igpo.pad_left([prompts[i] for i, _ in jobs], pad_id, model.device)
+    ends = model.config.eos_token_id
+    ids, mask = igpo.prompt_batch(model, [prompts[i] for i, _ in jobs])
     generators = [igpo.seeded(seed, "answer", i, s) for i, s in jobs]
     completions = igpo.sample(model, ids, prompt_mask=mask, stop_early=True, generator=generators,
                               **sampling)
@@ -340,7 +340,7 @@ def main(argv=None):
     igpo.blocks_of(cfg.gen_length, cfg.block_length, cfg.diffusion_steps)
     device = igpo.setup()
     found = {} if cfg.speed or cfg.ask else load_problems(cfg.tasks, cfg.data, cfg.limit)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = igpo.compute_dtype(device)
     if cfg.speed and cfg.model in RANDOM:
         config = LlamaConfig(**RANDOM[cfg.model], is_causal=False, mask_token_id=0)
         with torch.device(device):  # nothing is downloaded or copied

@@ -669,9 +669,13 @@ FORM = """in exactly this form:
 INSTRUCTION = f"Solve the problem step by step. Write {FORM}\n\nProblem: "
 
 class Problem(NamedTuple):
-    question: str
+    question: str | list  # in text, from `fitting` on in token ids
     answer: str
     trace: str | None  # the reference reasoning up to its answer; None: no hints can be made
+
+class Example(NamedTuple):  # of SFT, in text and then in token ids
+    question: str | list
+    completion: str | list
 
 def read_rows(source, columns=(), *, split="train", subset=None):
     """Rows of a .jsonl file, or of what `datasets` reads: a .json, .csv or .parquet file, a hub
@@ -730,9 +734,8 @@ def pad_left(prompts, pad_id, device="cpu"):
     mask = [[i >= P - len(prompt) for i in range(P)] for prompt in prompts]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
-def encode_batch(model, tokenizer, questions):
-    """-> prompts (N, P) and prompt_mask (N, P) on the model's device"""
-    prompts = encode_prompts(tokenizer, questions)
+def prompt_batch(model, prompts):
+    """Lists of ids -> prompts (N, P) and prompt_mask (N, P) on the model's device"""
     return pad_left(prompts, model.config.pad_token_id, model.device)
 
 def decode(tokenizer, completion, end_ids):
@@ -997,8 +1000,7 @@ def save_checkpoint(out, stage, step, model, optimizer):
         if rank() == 0:
             shutil.copy(out / "metrics.jsonl", unfinished)
             unfinished.rename(folder)
-            for *_, other in checkpoints(out)[1:-1]:
-                shutil.rmtree(other, ignore_errors=True)
+            drop_older_checkpoints(out)
     barrier()
 
 def checkpoints(out):
@@ -1006,6 +1008,10 @@ def checkpoints(out):
     names = [re.fullmatch(r"checkpoint-(sft|rl)-(\d+)", path.name) for path in out.glob("*")]
     found = [(name[1], int(name[2]), out / name[0]) for name in names if name]
     return [(None, 0, None), *sorted(found, key=lambda found: (found[0] == "rl", found[1]))]
+
+def drop_older_checkpoints(out):
+    for *_, folder in checkpoints(out)[1:-1]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 def resume_step(checkpoint, stage, steps, model, optimizer):
     """Fill model and optimizer from the checkpoint, if it is of this stage; any number of processes
@@ -1152,12 +1158,12 @@ def sampling(cfg):
                 cache=None if cfg.cache == "none" else cfg.cache, threshold=cfg.threshold)
 
 def fitting(model, tokenizer, rows, completion_length, cfg):
-    """The rows, each a question and more, whose question is not too long."""
+    """The Problems or Examples whose question is not too long, with that in token ids."""
     fit, most = [], cfg.max_prompt_length
-    for row, ids in zip(rows, encode_prompts(tokenizer, [row[0] for row in rows])):
+    for row, ids in zip(rows, encode_prompts(tokenizer, [row.question for row in rows])):
         if len(ids) <= most:
             check_length(model, len(ids), completion_length)
-            fit.append(row)
+            fit.append(row._replace(question=ids))
     if rows and not fit:
         raise UsageError(f"all prompts exceed --max_prompt_length {most}")
     return fit
@@ -1171,7 +1177,7 @@ def evaluate(name, model, tokenizer, problems, cfg, out, step=0):
     with gathered(model):
         for at in range(0, len(mine), cfg.rows_per_call):
             part = mine[at: at + cfg.rows_per_call]
-            prompts, mask = encode_batch(model, tokenizer, [p.question for p in part])
+            prompts, mask = prompt_batch(model, [p.question for p in part])
             answers = sample(model, prompts, prompt_mask=mask, stop_early=True, **sampling(cfg))
             for completion, problem in zip(answers, part):
                 text = decode(tokenizer, completion, model.config.eos_token_id)
@@ -1214,8 +1220,8 @@ def add(total, metrics, share):
 def due(step, every, last=None):
     return step == last or every > 0 and step % every == 0
 
-def train_sft(model, tokenizer, examples, checkpoint, cfg, out):
-    """Section 8 as a loop. examples: (prompt, completion) texts."""
+def train_sft(model, examples, checkpoint, cfg, out):
+    """Section 8 as a loop. examples: Examples in token ids."""
     device, steps, optimizer = model.device, cfg.sft_steps, adamw(model)
     pad_id, ends = model.config.pad_token_id, model.config.eos_token_id
     start = resume_step(checkpoint, "sft", steps, model, optimizer)
@@ -1231,11 +1237,11 @@ def train_sft(model, tokenizer, examples, checkpoint, cfg, out):
         mine = range(rank(), len(batch), world())
         for at in range(0, len(mine), cfg.sft_rows_per_forward):
             part = list(mine[at: at + cfg.sft_rows_per_forward])
-            questions, texts = zip(*[examples[batch[b]] for b in part])
-            prompts, mask = encode_batch(model, tokenizer, questions)
+            rows = [examples[batch[b]] for b in part]
+            prompts, mask = prompt_batch(model, [row.question for row in rows])
             completions = torch.full((len(part), cfg.sft_length), pad_id)
-            for row, ids in zip(completions, encode(tokenizer, list(texts))):
-                row[: len(ids) + 1] = torch.tensor(ids + ends[:1])
+            for padded, row in zip(completions, rows):
+                padded[: len(row.completion) + 1] = torch.tensor(row.completion + ends[:1])
             loss, values = sft_loss(model, prompts, completions.to(device), prompt_mask=mask,
                                     generator=[seeded(cfg.seed, "sft", step, b) for b in part],
                                     t=t[part])
@@ -1254,7 +1260,7 @@ def train_sft(model, tokenizer, examples, checkpoint, cfg, out):
 def roll_out(policy, tokenizer, batch, generators, cfg):
     """Stage 1 of an RL step -> prompts (N, P), prompt_mask (N, P), Rollout"""
     config = policy.config
-    prompts, mask = encode_batch(policy, tokenizer, [p.question for p in batch])
+    prompts, mask = prompt_batch(policy, [p.question for p in batch])
     traces = [p.trace and torch.tensor(encode(tokenizer, f"<reasoning>\n{p.trace}")) for p in batch]
 
     def draw(*inputs):
@@ -1402,9 +1408,10 @@ def open_run(cfg, out):
     if rank() == 0:
         lock(out)
         write_file(out / "config.json", json.dumps(asdict(cfg), indent=2))
-        *older, (_, _, checkpoint) = checkpoints(out)
-        for left in [*out.glob("unfinished-*"), *(folder for *_, folder in older if folder)]:
+        drop_older_checkpoints(out)
+        for left in out.glob("unfinished-*"):
             shutil.rmtree(left, ignore_errors=True)
+        *_, checkpoint = checkpoints(out)[-1]
         with file_errors(checkpoint):
             metrics = (checkpoint / "metrics.jsonl").read_text() if checkpoint else ""
         write_file(out / "metrics.jsonl", metrics)
@@ -1415,7 +1422,7 @@ def open_run(cfg, out):
     barrier()
 
 def load_data(cfg):
-    """-> RL problems, held-out problems and SFT (prompt, completion)s, as the stage needs them"""
+    """-> RL problems, held-out problems and SFT examples, as far as the stage needs them"""
     problems, held_out, sft_rows = [], [], []
     if cfg.stage != "sft" and cfg.train_data == "toy":
         problems = toy_problems(4000, cfg.seed)
@@ -1429,7 +1436,7 @@ def load_data(cfg):
     if cfg.stage != "rl" and cfg.sft_data:
         sft_rows = (toy_sft_rows(8000, cfg.seed) if cfg.sft_data == "toy" else
                     read_rows(cfg.sft_data, ["prompt", "completion"]))
-    return problems, held_out, [(row["prompt"], row["completion"]) for row in sft_rows]
+    return problems, held_out, [Example(row["prompt"], row["completion"]) for row in sft_rows]
 
 def train(cfg, device, out):
     began, sft = time.time(), out.absolute() / "sft"  # "run/sft" might be a hub name
@@ -1440,9 +1447,10 @@ def train(cfg, device, out):
     model, tokenizer = load_policy(cfg, device, sft if past_sft else None)
     problems, all_problems = fitting(model, tokenizer, problems, cfg.gen_length, cfg), problems
     held_out = fitting(model, tokenizer, held_out, cfg.gen_length, cfg)
-    examples = [] if past_sft else [
-        row for row in fitting(model, tokenizer, sft_rows, cfg.sft_length, cfg)
-        if len(encode(tokenizer, row[1])) < cfg.sft_length]  # and the end token
+    examples = [] if past_sft else fitting(model, tokenizer, sft_rows, cfg.sft_length, cfg)
+    completions = encode(tokenizer, [row.completion for row in examples])
+    examples = [row._replace(completion=ids) for row, ids in zip(examples, completions)
+                if len(ids) < cfg.sft_length]  # and the end token
     if sft_rows and not examples and not past_sft:
         raise UsageError(f"{cfg.sft_data}: all completions exceed --sft_length {cfg.sft_length}")
 
@@ -1454,7 +1462,7 @@ def train(cfg, device, out):
         evaluate("accuracy_start", model, tokenizer, held_out, cfg, out)
     if examples:
         print0(f"SFT: {len(examples)} of {len(sft_rows)} examples are short enough")
-        train_sft(model, tokenizer, examples, checkpoint, cfg, out)
+        train_sft(model, examples, checkpoint, cfg, out)
         save_finished(model, tokenizer, sft)
     if sft_rows and checkpoint[0] != "rl":
         evaluate("accuracy_sft", model, tokenizer, held_out, cfg, out)
