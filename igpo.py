@@ -9,11 +9,8 @@ comes out right for some of the wrong responses.
     python igpo.py --preset toy                  the whole recipe on a laptop CPU, in minutes
     torchrun --nproc_per_node=8 igpo.py          LLaDA-8B-Instruct on MetaMathQA
 
-Shapes:   B rows   N prompts   G responses a prompt   P prompt length (left-padded)
-          L completion length   V vocabulary. B = N * G rows have the G of a prompt side by side.
-Symbols:  eta share of the reference's chunks given as hints   tau share of hint tokens that learn
-          lambda share of a group that may be replaced   mu updates per roll-out   A advantage
-          rho probability ratio   epsilon its clip range   beta weight of the KL term
+Shapes: B rows, N prompts, G responses a prompt, P prompt length (left-padded), L completion length,
+V vocabulary; B = N * G rows have the G of a prompt side by side. Config explains the symbols.
 """
 
 import ctypes
@@ -68,8 +65,9 @@ def file_errors(path):
     except UsageError:
         raise
     except (Exception, dcp.CheckpointException) as error:
-        reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[-1]
-        raise UsageError(f"{path}: {reason[:200]} ({type(error).__name__})") from error
+        cause = error.__cause__ or error
+        reason = getattr(cause, "strerror", None) or str(cause).strip().split("\n")[-1] or "empty"
+        raise UsageError(f"{path}: {reason[:200]} ({type(cause).__name__})") from error
 
 # ------------------------------------------------
 # 1. The model. LLaDA is Llama without the causal mask and Dream is Qwen2 without it: both load into
@@ -114,8 +112,7 @@ def load_model(name_or_path, *, dtype=None, device="cpu"):
     """Load a masked diffusion LM and its tokenizer; none of the checkpoint's code is run.
 
     name_or_path: folder or hub name of LLaDA, iLLaDA, Dream, or a bidirectional Llama or Qwen saved
-    here. dtype: default float32. device: "meta" for shapes alone. config.eos_token_id becomes the
-    list of all end tokens, the first of which ends a turn."""
+    here. dtype: default float32. device: "meta" for shapes alone. eos_token_id becomes a list."""
     folder, report = Path(name_or_path), {}
     with file_errors(name_or_path):
         if not folder.is_dir():
@@ -133,7 +130,7 @@ def load_model(name_or_path, *, dtype=None, device="cpu"):
         words, ends = tokenizer.get_vocab(), config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         turns = [words[end] for end in ("<|eot_id|>", "<|im_end|>") if end in words]
-        config.eos_token_id = list(dict.fromkeys(turns + ends))
+        config.eos_token_id = list(dict.fromkeys(turns + ends))  # the first ends a turn
         config.pad_token_id = ends[0] if config.pad_token_id is None else config.pad_token_id
         for token in (config.mask_token_id, config.pad_token_id, *ends, max(words.values())):
             if token not in range(config.vocab_size):
@@ -141,7 +138,7 @@ def load_model(name_or_path, *, dtype=None, device="cpu"):
         tied = config.tie_word_embeddings
         if str(device) == "meta":
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
         else:
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, dtype=dtype or torch.float32, use_safetensors=True,
@@ -164,29 +161,26 @@ def save_model(model, tokenizer, folder):
         full_state_dict=True, cpu_offload=True))
     if dist.is_initialized() and rank() > 0:
         return
-    folder, adapted = Path(folder), hasattr(model, "peft_config")
-    if adapted:
+    folder = Path(folder)
+    adapter = {name: weight for name, weight in weights.items() if ".lora_" in name}
+    if adapter:  # for RL to go on from; merged in float32, as bfloat16 would round it away
         (folder / "adapter").mkdir(parents=True, exist_ok=True)
-        adapter = {name: weight for name, weight in weights.items() if ".lora_" in name}
-        save_file(adapter, folder / "adapter" / "weights.safetensors")  # for RL to go on from
-        for name, module in model.named_modules():
-            if hasattr(module, "get_delta_weight"):  # bfloat16 would round a small update away
-                base = f"{name}.base_layer.weight"
-                weights[base] = weights[base].float() + module.get_delta_weight("default").cpu()
+        save_file(adapter, folder / "adapter" / "weights.safetensors")
+        lora = model.peft_config["default"]
+        for name, A in adapter.items():
+            if ".lora_A." in name:
+                base, B = name.replace("lora_A.default", "base_layer"), name.replace("_A.", "_B.")
+                delta = lora.lora_alpha / lora.r * adapter[B].float() @ A.float()
+                weights[base] = weights[base].float() + delta
         weights = {name.replace(".base_layer", ""): weight.float()
-                   for name, weight in weights.items() if ".lora_" not in name}
+                   for name, weight in weights.items() if name not in adapter}
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
-    files = getattr(model, "source_files", {})
-    if files:  # for the family's own loader
-        dtype = str(weights["model.norm.weight"].dtype).removeprefix("torch.")
-        config = json.loads(files["config.json"]) | {"torch_dtype": dtype}
-        files = files | {"config.json": json.dumps(config, indent=2)}
-    model._hf_peft_config_loaded = False  # save all weights
+    model._hf_peft_config_loaded = False  # with it save_pretrained would write adapters alone
     model.save_pretrained(folder, state_dict=weights)
-    model._hf_peft_config_loaded = adapted
+    model._hf_peft_config_loaded = bool(adapter)
     tokenizer.save_pretrained(folder)
-    for name, text in files.items():
+    for name, text in getattr(model, "source_files", {}).items():  # for the family's own loader
         (folder / name).write_text(text)
 
 def attention_mask(prompt_mask, gen_length):
@@ -332,9 +326,7 @@ def make_hint(trace_ids, ratio, *, gen_length, mask_id, min_chunk=5, max_chunk=1
               generator=None):
     """Cut the trace y* into chunks c_1..c_N, lengths ~ U[min_chunk, max_chunk], and put floor(ratio
     N) of them, at random, at their own positions of a fully masked completion: (T,) -> (L,) ids.
-
-    A ratio above 0 gives at least one: without, the draw would be plain resampling. trace_ids must
-    not contain the final answer (see cut_trace). The last `room` positions stay free for it."""
+    trace_ids must not hold the answer (cut_trace); the last `room` positions stay free for it."""
     trace = torch.as_tensor(trace_ids, dtype=torch.long)[: max(gen_length - room, 0)]
     chunks, start = [], 0
     while start < len(trace):
@@ -343,7 +335,7 @@ def make_hint(trace_ids, ratio, *, gen_length, mask_id, min_chunk=5, max_chunk=1
         start += length
     count = math.floor(ratio * len(chunks) + 1e-9)  # 0.29 * 100 is 28.999999999999996
     if ratio > 0:
-        count = max(count, 1)
+        count = max(count, 1)  # without any the draw would be plain resampling
     hint = torch.full((gen_length,), mask_id)
     for i in torch.randperm(len(chunks), generator=generator)[:count].tolist():
         hint[chunks[i]] = trace[chunks[i]]
@@ -564,9 +556,8 @@ def sample_groups(model, prompts, prompt_mask, generators, hints=None, *, group_
     return torch.cat(drawn).unflatten(0, (len(prompts), G))
 
 # ------------------------------------------------
-# 6. Log-probabilities: the mean-field estimate of diffu-GRPO reads log f at every position of one
-#    forward pass over [q ; M M ... M]. That is the same for all G responses of a prompt, so one row
-#    serves the whole group.
+# 6. Log-probabilities: the mean-field estimate of diffu-GRPO, log f at all positions of one forward
+#    pass over [q ; M M ... M]. It is the same for all G responses, so one row serves the group.
 
 def completion_logps(model, prompts, completions, *, prompt_mask=None):
     """Log-probability of each completion token, (N, G, L), and the policy's entropy at each
@@ -678,25 +669,15 @@ class Example(NamedTuple):  # of SFT, in text and then in token ids
     completion: str | list
 
 def read_rows(source, columns=(), *, split="train", subset=None):
-    """Rows of a .jsonl file, or of what `datasets` reads: a .json, .csv or .parquet file, a hub
-    name. The named columns of every row must hold text."""
-    path, rows = Path(source), []
-    if path.suffix == ".jsonl":  # as it is: `datasets` would guess types
-        with file_errors(source):
-            lines = path.read_text("utf-8").split("\n")
-        for number, line in enumerate(lines, 1):
-            with file_errors(f"{source}, line {number}"):
-                if line.strip():
-                    rows.append(dict(json.loads(line)))
-                    json.dumps(rows[-1], ensure_ascii=False).encode()  # no half surrogate pairs
-    else:
-        import datasets  # slow to import, and needed here alone
-        datasets.disable_progress_bars()
-        data = dict(path=str(source), name=subset)
-        if path.suffix in (".json", ".csv", ".parquet"):
-            data = dict(path=path.suffix[1:], data_files={split: str(source)})
-        with file_errors(source):
-            rows = list(datasets.load_dataset(**data, split=split))
+    """Rows of a .jsonl, .json, .csv or .parquet file, or of a data set on the hub. The named
+    columns of every row must hold text."""
+    import datasets  # slow to import, and needed here alone
+    datasets.disable_progress_bars()
+    kind, data = Path(source).suffix[1:], dict(path=str(source), name=subset)
+    if kind in ("jsonl", "json", "csv", "parquet"):
+        data = dict(path="json" if kind == "jsonl" else kind, data_files={split: str(source)})
+    with file_errors(source):
+        rows = list(datasets.load_dataset(**data, split=split))
     if not rows:
         raise UsageError(f"{source} holds no rows")
     for number, row in enumerate(rows, 1):
@@ -727,16 +708,12 @@ def encode_prompts(tokenizer, questions):
             add_generation_prompt=True, tokenize=False)
     return encode(tokenizer, list(questions))
 
-def pad_left(prompts, pad_id, device="cpu"):
-    """Lists of ids -> (N, P) ids and mask. Padded on the left, completions start at column P."""
-    P = max(map(len, prompts))
-    ids = [[pad_id] * (P - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[i >= P - len(prompt) for i in range(P)] for prompt in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
 def prompt_batch(model, prompts):
-    """Lists of ids -> prompts (N, P) and prompt_mask (N, P) on the model's device"""
-    return pad_left(prompts, model.config.pad_token_id, model.device)
+    """Lists of token ids -> (N, P) ids, padded on the left, and (N, P) mask, on its device"""
+    P, pad = max(map(len, prompts)), model.config.pad_token_id
+    ids = [[pad] * (P - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[False] * (P - len(prompt)) + [True] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device)
 
 def decode(tokenizer, completion, end_ids):
     """The text of an (L,) completion, up to its first end token."""
@@ -919,20 +896,20 @@ def load_policy(cfg, device, sft=None):
     """The model to train and its tokenizer. sft: the folder of a finished SFT to go on from."""
     if cfg.model == "toy" and (cfg.lora_rank or not sft):
         model, tokenizer = toy_model(cfg.seed)
-    elif cfg.lora_rank:  # whole and frozen on every process
-        model, tokenizer = load_model(cfg.model, dtype=compute_dtype(device), device=device)
     else:  # rank 0 reads the weights and deals out shards, so the host holds one copy
-        model, tokenizer = load_model(sft or cfg.model, device="cpu" if rank() == 0 else "meta")
+        model, tokenizer = load_model(
+            cfg.model if cfg.lora_rank else sft or cfg.model,
+            dtype=compute_dtype(device) if cfg.lora_rank else None,  # frozen, or trained in float32
+            device="cpu" if rank() == 0 else "meta")
     if device.type == "cuda":  # activations are computed again in the backward pass
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.lora_rank:
-        add_lora(model.to(device), cfg, sft)
-    else:
-        shard(model, device)
+        add_lora(model, cfg, sft)
+    shard(model, device)
     return model, tokenizer
 
 def shard(model, device):
-    """FSDP2: every process keeps a share of rank 0's float32 weights and computes in bfloat16."""
+    """FSDP2: every process keeps a share of rank 0's weights and computes in bfloat16."""
     weights = model.state_dict() if rank() == 0 else {}
     precision = MixedPrecisionPolicy(compute_dtype(device), reduce_dtype=torch.float32)
     model.to("meta").tie_weights()
@@ -966,6 +943,7 @@ def gathered(model):
     """Hold the whole parameters during a roll-out: a rank with more stuck groups runs more forward
     passes than others, and would wait for them for ever to gather parameters."""
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    shards = shards if world() > 1 else []  # one GPU need not hold them twice
     for module in shards:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
@@ -990,28 +968,32 @@ def trained_state(model, optimizer):
     weights, moments = get_state_dict(model, optimizer, options=TRAINED)
     return {"model_state_dict": weights, "optim_state_dict": moments}
 
-def save_checkpoint(out, stage, step, model, optimizer):
-    """Write out/checkpoint-STAGE-STEP, named so when complete, and drop the one before. All that is
-    random is a function of (seed, step, ...), so there is no other state."""
-    folder = out / f"checkpoint-{stage}-{step}"
-    unfinished = out / f"unfinished-{folder.name}"
+@contextmanager
+def complete(folder):
+    """Let all processes write to another folder, which gets this one's name when it is complete."""
+    unfinished = folder.with_name(f"unfinished-{folder.name}")
     with file_errors(folder):
-        dcp.save(trained_state(model, optimizer), checkpoint_id=unfinished)
+        yield unfinished
         if rank() == 0:
-            shutil.copy(out / "metrics.jsonl", unfinished)
+            shutil.rmtree(folder, ignore_errors=True)
             unfinished.rename(folder)
-            drop_older_checkpoints(out)
     barrier()
+
+def save_checkpoint(out, stage, step, model, optimizer):
+    """Write out/checkpoint-STAGE-STEP and drop those before. All that is random is a function of
+    (seed, step, ...), so there is no other state."""
+    with complete(out / f"checkpoint-{stage}-{step}") as folder:
+        dcp.save(trained_state(model, optimizer), checkpoint_id=folder)
+        if rank() == 0:
+            shutil.copy(out / "metrics.jsonl", folder)
+    for *_, older in checkpoints(out)[1:-1] if rank() == 0 else []:
+        shutil.rmtree(older, ignore_errors=True)
 
 def checkpoints(out):
     """Stage, step and folder of each, first none at all, last the newest."""
     names = [re.fullmatch(r"checkpoint-(sft|rl)-(\d+)", path.name) for path in out.glob("*")]
     found = [(name[1], int(name[2]), out / name[0]) for name in names if name]
     return [(None, 0, None), *sorted(found, key=lambda found: (found[0] == "rl", found[1]))]
-
-def drop_older_checkpoints(out):
-    for *_, folder in checkpoints(out)[1:-1]:
-        shutil.rmtree(folder, ignore_errors=True)
 
 def resume_step(checkpoint, stage, steps, model, optimizer):
     """Fill model and optimizer from the checkpoint, if it is of this stage; any number of processes
@@ -1026,16 +1008,6 @@ def resume_step(checkpoint, stage, steps, model, optimizer):
         dcp.load(found, checkpoint_id=folder)
         set_state_dict(model, optimizer, **found, options=TRAINED)
     return step
-
-def save_finished(model, tokenizer, folder):
-    """save_model; the folder appears when it is complete."""
-    unfinished = folder.with_name(f"unfinished-{folder.name}")
-    with file_errors(folder):
-        save_model(model, tokenizer, unfinished)
-        if rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            unfinished.rename(folder)
-    barrier()
 
 # ------------------------------------------------
 # 11. The recipe.
@@ -1201,12 +1173,7 @@ def schedule(update, updates, warmup):
 
 def optimizer_step(model, optimizer, lr, max_grad_norm):
     """An update by the gradients at hand -> their norm. If that is not finite, nothing changes."""
-    sharded = isinstance(model, FSDPModule)
-    for parameter in [] if sharded else trained(model):  # FSDP has averaged already
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= world()
-    norm = torch.nn.utils.clip_grad_norm_(trained(model), max_grad_norm)
-    norm = (norm.full_tensor() if sharded else norm).item()
+    norm = torch.nn.utils.clip_grad_norm_(trained(model), max_grad_norm).full_tensor().item()
     optimizer.param_groups[0]["lr"] = lr
     if math.isfinite(norm):
         optimizer.step()
@@ -1408,7 +1375,6 @@ def open_run(cfg, out):
     if rank() == 0:
         lock(out)
         write_file(out / "config.json", json.dumps(asdict(cfg), indent=2))
-        drop_older_checkpoints(out)
         for left in out.glob("unfinished-*"):
             shutil.rmtree(left, ignore_errors=True)
         *_, checkpoint = checkpoints(out)[-1]
@@ -1463,12 +1429,14 @@ def train(cfg, device, out):
     if examples:
         print0(f"SFT: {len(examples)} of {len(sft_rows)} examples are short enough")
         train_sft(model, examples, checkpoint, cfg, out)
-        save_finished(model, tokenizer, sft)
+        with complete(sft) as folder:
+            save_model(model, tokenizer, folder)
     if sft_rows and checkpoint[0] != "rl":
         evaluate("accuracy_sft", model, tokenizer, held_out, cfg, out)
     if problems:
         train_rl(model, tokenizer, problems, held_out, checkpoint, cfg, out)
-        save_finished(model, tokenizer, out / "final")
+        with complete(out / "final") as folder:
+            save_model(model, tokenizer, folder)
     if rank() == 0:
         summarise(out, time.time() - began)
     barrier()  # nobody leaves the group while another is in it
