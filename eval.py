@@ -44,7 +44,7 @@ class Config:
     batch_size: int = flag(16, "samples in a batch")
     amc_temperature: float = flag(0.1, "of amc; all else is greedy", "0..1e9")
     amc_samples: int = flag(16, "answers to a problem of amc; else one")
-    cache: Literal["none", "block"] = flag("none", "block: faster, approximate (igpo.sample)")
+    cache: Literal["block"] | None = flag(None, "faster, approximate (igpo.sample)")
     threshold: float | None = flag(None, "faster, approximate; try 0.9 (igpo.sample)", "0..1")
     rescore: str | None = flag(None, "a samples.jsonl to grade again")
     compare: list[str] | None = flag(None, "folders of finished RL runs, each called NAME-SEED")

@@ -772,10 +772,9 @@ def rewrite(cfg, device, out):
         print(f"{out / 'traces.jsonl'}: {len(kept)} of {len(rows)} rewritten traces")
 
 # The toy world is a cipher: each letter stands for a digit. A problem is a word, "cafb="; the trace
-# y* spells its digits, ".3.1.4.0", and the answer is these in reverse, "0413". SFT teaches the form
-# and a part of the code: its traces are always right about easy letters, in 45% of cases about
-# medium ones (else one fixed wrong digit) and in 7% about hard ones (else that, or any). Words with
-# three hard letters are nearly always all-wrong groups; a hint with one digit leaves two to guess.
+# y* spells its digits, ".3.1.4.0", and the answer reverses them, "0413". SFT's traces are always
+# right about easy letters and seldom about hard ones. Words with three of these are nearly always
+# all-wrong groups; a hint with one digit leaves two to guess.
 
 EASY, MEDIUM, HARD = "abcdef", "ghijk", "lmnop"
 TOY_WORDS = [*"0123456789", *EASY, *MEDIUM, *HARD, ".", "=", "}", "\\boxed{", "<reasoning>\n",
@@ -1034,7 +1033,7 @@ class Config:
     diffusion_steps: int = flag(128, "denoising steps for a completion")
     block_length: int = flag(32, "tokens in a semi-autoregressive block")
     temperature: float = flag(1.2, "of the roll-outs", "0..1e9")
-    cache: Literal["none", "block"] = flag("none", "block: faster, approximate (see sample)")
+    cache: Literal["block"] | None = flag(None, "faster, approximate (see sample)")
     threshold: float | None = flag(None, "faster, approximate (see sample); try 0.9", "0..1")
     rows_per_call: int = flag(64, "responses sampled in one batch, whole groups")
     max_prompt_length: int = flag(512, "longer prompts are left out, tokens")
@@ -1126,8 +1125,8 @@ def check_length(model, longest, completion_length):
                          f"not fit the model's {most} positions")
 
 def sampling(cfg):
-    return dict(gen_length=cfg.gen_length, block_length=cfg.block_length, steps=cfg.diffusion_steps,
-                cache=None if cfg.cache == "none" else cfg.cache, threshold=cfg.threshold)
+    return dict(gen_length=cfg.gen_length, block_length=cfg.block_length, cache=cfg.cache,
+                steps=cfg.diffusion_steps, threshold=cfg.threshold)
 
 def fitting(model, tokenizer, rows, completion_length, cfg):
     """The Problems or Examples whose question is not too long, with that in token ids."""
