@@ -66,7 +66,7 @@ def padded(rows):
 
 def write_jsonl(path, *rows):
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("".join(line + "\n" for line in lines))
+    path.write_text("".join(line + "\n" for line in lines), "latin-1")
     return str(path)
 
 # ------------------------------------------------
@@ -90,12 +90,12 @@ def llada_folder(folder, **changes):
         del weights["model.transformer.ff_out.weight"]
     tiny_tokenizer().save_pretrained(folder)
     save_file(weights, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(dict(
+    write_jsonl(folder / "config.json", dict(
         model_type="llada", auto_map={"AutoConfig": "configuration_llada.LLaDAConfig"},
         d_model=32, mlp_hidden_size=48, n_layers=2, n_heads=4, rms_norm_eps=1e-3, rope_theta=5e5,
         n_kv_heads=changes.get("num_key_value_heads"), max_sequence_length=128, vocab_size=V,
         embedding_size=V, weight_tying=model.config.tie_word_embeddings, mask_token_id=MASK,
-        eos_token_id=END, pad_token_id=END)))
+        eos_token_id=END, pad_token_id=END))
     (folder / "configuration_llada.py").write_text("raise SystemExit('remote code was run')")
     return model
 
@@ -595,80 +595,67 @@ def same_runs(a, b, rel=0.0):
 
 # Wrong inputs: what to do to a copy of the world, in which run/ was killed; flags; the one line.
 
-def put(name, content=None):
-    """Replace a file by bytes or by rows, or remove it."""
-    def edit():
-        if content is None:
-            os.remove(name)
-        elif isinstance(content, bytes):
-            Path(name).write_bytes(content)
-        else:
-            write_jsonl(Path(name), *content)
-    return edit
+def remove(name):
+    return lambda: os.remove(name)
 
 def cut(name, size):
     return lambda: os.truncate(name, size)
 
 def config(**changes):
-    def edit():
-        put("m/config.json", [json.loads(Path("m/config.json").read_text()) | changes])()
-    return edit
+    path = Path("m/config.json")
+    return lambda: write_jsonl(path, json.loads(path.read_text()) | changes)
 
-def weights(name, value):
-    def edit():
-        tensors = load_file("m/model.safetensors") | {name: value}
-        save_file({k: v for k, v in tensors.items() if v is not None}, "m/model.safetensors")
-    return edit
+def without_norm():
+    weights = load_file("m/model.safetensors")
+    save_file({k: v for k, v in weights.items() if "ln_f" not in k}, "m/model.safetensors")
 
-def data(content, name="data.jsonl", flag="--train_data"):
-    return put(name, content), f"{flag} {name}"
+def data(*rows, name="data.jsonl", flag="--train_data"):
+    return lambda: write_jsonl(Path(name), *rows), f"{flag} {name}"
 
 SFT = "--stage sft --sft_length 8 --sft_data sft.jsonl"
 REWRITE = "--stage rewrite --rewriter m --rewrite_data sft.jsonl"
 GOOD = meta("1.1=", "The answer is: 5")
-NORM, SHARD = "model.transformer.ln_f.weight", "run/checkpoint-rl-2/__0_0.distcp"
+SHARD = "run/checkpoint-rl-2/__0_0.distcp"
 WRONG = [
     (None, "--preset nonsense", "--preset: invalid choice: 'nonsense'"),
-    (None, "--group_size 1", "--group_size is within 2..1e9, not 1"),
     (None, "--tau nan", "--tau is within 0..1, not nan"),
     (None, "--eta_low 0.9", "--eta_low is above --eta_high"),
     (None, "--gen_length 21", "gen_length 21 .*block_length 8"),
     (None, "--stage sft", "--stage sft needs --sft_data"),
     ("three processes", "", "--prompts_per_step 4 .* 3 processes"),
-    (None, "--out_dir m", "m is not empty"),
-    (None, "--out_dir absent --resume", "absent/config.json: No such file"),
-    (None, "--model GSAI-ML/LLaDA-8B-Instruct", "needs GPUs"),
+    (None, "--out_dir m", "m is not empty: --resume"),
+    (None, "--out_dir absent --resume", "absent/config.json: No such"),
+    (None, "--model GSAI-ML/LLaDA-8B-Instruct", "needs GPUs.* --preset toy"),
     # data
-    (*data(b""), "data.jsonl: empty"), (*data([GOOD, 7]), "data.jsonl: .* row "),
-    (*data(b"type,query\na,b\n", "data.csv"), "csv, row 1: None in column 'response' is no text"),
-    (*data(b"PAR1", "data.parquet"), "data.parquet"), (*data(b"\xff\xfe{}"), "data.jsonl: .*Invalid"),
-    (*data([GOOD, GOOD | {"query": None}]), "row 2: None in column 'query' is no text"),
-    (*data([GOOD, GOOD | {"query": "\ud800"}]), "data.jsonl: .*surrogate"),
-    (*data([GOOD, meta("2", "no answer"), meta("3", "The answer is: 3", "other")]),
+    (*data(), "data.jsonl: empty"), (*data(GOOD, 7), "data.jsonl: .* row "),
+    (*data("type,query", "a,b", name="d.csv"), "d.csv, row 1: None in column 'response'"),
+    (*data("PAR1", name="d.parquet"), "d.parquet: "), (*data("\xff"), "data.jsonl: .*Invalid"),
+    (*data(GOOD, GOOD | {"query": None}), "row 2: None in column 'query' is no text"),
+    (*data(GOOD, GOOD | {"query": "\ud800"}), "data.jsonl: .*surrogate"),
+    (*data(GOOD, meta("2", "no answer"), meta("3", "The answer is: 3", "other")),
      "no more than --eval_size 4 rows of type GSM_AnsAug"),
     (None, "--max_prompt_length 2", "all prompts exceed --max_prompt_length 2"),
     (None, "--gen_length 512 --diffusion_steps 64", "prompt of 4 and .* of 512 .* 128 positions"),
     (None, f"{SFT} --sft_length 2", "all completions exceed --sft_length 2"),
     (None, REWRITE, "row 1: None in column 'problem'"),
-    (*data([{"problem": "1", "answer": "1", "solution": "1"}],
+    (*data({"problem": "1", "answer": "1", "solution": "1"},
            flag=f"{REWRITE} --rewriter /absent --rewrite_data"), "/absent: "),
     # the model
-    (put("m/config.json"), "", "m: No such file"), 
-    (put("m/config.json", b""), "", "m: Expecting value"), (config(n_heads=5), "", "m: "),
+    (remove("m/config.json"), "", "m: No such file"),
+    (cut("m/config.json", 0), "", "m: Expecting value"), (config(n_heads=5), "", "m: "),
     (config(mask_token_id=99), "", "m: token 99 is not among the"),
     (config(eos_token_id=None), "", "m: .*eos_token_id"),
     (config(model_type="gpt2"), "", "'gpt2' is not supported"), (config(alibi=True), "", "alibi"),
     (config(weight_tying=True), "", "ties head and embedding"),
-    (put("m/tokenizer.json"), "", "m has no tokenizer"),
-    (put("m/model.safetensors"), "", "m: .*model.safetensors"),
+    (remove("m/tokenizer.json"), "", "m has no tokenizer"),
+    (remove("m/model.safetensors"), "", "m: .*model.safetensors"),
     (cut("m/model.safetensors", 5000), "", "m: "),
-    (weights(NORM, None), "", "missing_keys model.norm"),
-    (weights("extra", torch.ones(2)), "", "unexpected_keys extra"),
+    (without_norm, "", "missing_keys model.norm"),
     # the run
     (cut("run/config.json", 99), "--resume", "config.json: "),
-    (put("run/checkpoint-rl-2/metrics.jsonl"), "--resume", "checkpoint-rl-2: No such file"),
+    (remove("run/checkpoint-rl-2/metrics.jsonl"), "--resume", "checkpoint-rl-2: No such file"),
     (cut(SHARD, 1000), "--resume", "checkpoint-rl-2: "),
-    (put(SHARD), "--resume", "checkpoint-rl-2: "),
+    (remove(SHARD), "--resume", "checkpoint-rl-2: "),
     (lambda: Path("run/checkpoint-rl-2").rename("run/checkpoint-rl-9"), "--resume", "beyond the 3"),
     (cut("run/sft/model.safetensors", 1000), "--resume", "run/sft: "),
     (lambda: shutil.rmtree("run/checkpoint-rl-2"), "--resume", "no checkpoint any more"),
@@ -708,12 +695,6 @@ def test_what_a_user_gets_wrong_is_one_line_that_names_it(world, tmp_path, monke
             failures.append(f"{wrong or message} left something behind")
     assert not failures, "\n".join(failures)
     assert capfd.readouterr().err == ""
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_the_default_preset_without_a_gpu_exits_with_status_2():
-    done = subprocess.run([sys.executable, "igpo.py"], cwd=HERE, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith("igpo.py: ") and "python igpo.py --preset toy" in done.stderr
 
 def test_every_number_is_refused_or_within_its_bounds():
     for f in dataclasses.fields(igpo.Config):
@@ -771,7 +752,6 @@ def test_the_chat_template_asks_for_the_form():
 def test_the_toy_world():
     tokenizer, problems = tiny_tokenizer(), igpo.toy_problems(200, 1)
     assert problems == igpo.toy_problems(200, 1) != igpo.toy_problems(200, 2)
-    assert all(problem.answer not in problem.trace for problem in problems)
     for row in igpo.toy_sft_rows(200, 1):
         ids = tokenizer(row["prompt"] + row["completion"]).input_ids
         assert tokenizer.decode(ids) == row["prompt"] + row["completion"] and len(ids) <= 5 + 19
@@ -791,17 +771,15 @@ def test_the_toy_recipe_with_the_fast_sampler(tmp_path, monkeypatch):
                  "--group_size 4 --eval_size 8 --save_every 1 --cache block --threshold 0.9 "
                  "--out_dir").split(), str(out)])
     lines = igpo.read_lines(out / "metrics.jsonl")
-    steps = [(line["stage"], line["step"]) for line in lines if line["stage"] != "eval"]
-    assert steps == [("sft", 1), ("sft", 2), ("sft", 3), ("rl", 1), ("rl", 2)]
+    steps = [f"{line['stage']} {line['step']}" for line in lines]
+    assert steps == "eval 0,sft 1,sft 2,sft 3,eval 0,rl 1,eval 1,rl 2,eval 2".split(",")
     assert CONTRACT <= lines[-2].keys() and lines[-2]["seconds"] > 0
-    assert (lines[-2]["cache"], lines[-2]["threshold"]) == ("block", 0.9)
-    assert asked and all((k["cache"], k["threshold"]) == ("block", 0.9) for k in asked)
+    for drawn in lines[-2], *asked:
+        assert (drawn["cache"], drawn["threshold"]) == ("block", 0.9)
     assert all(math.isfinite(v) for x in lines for v in x.values() if not isinstance(v, str))
     summary = json.loads((out / "summary.json").read_text())
     assert {"accuracy_start", "accuracy_sft", "accuracy_final", "all_wrong", "all_wrong_after",
             "steps", "seconds"} <= summary.keys() and summary["steps"] == 2
-    with pytest.raises(igpo.UsageError, match="not empty.*--resume"):
-        igpo.main(["--preset", "toy", "--out_dir", str(out)])
 
 def test_the_view_of_a_rescued_response():
     tokenizer = tiny_tokenizer()
@@ -1145,7 +1123,7 @@ def test_memory_of_an_rl_step_on_eight_gpus(monkeypatch, P=200, L=256, N=8, rows
             peaks["update"] = live.peak_since()
     torch.distributed.destroy_process_group()
     print("GiB a GPU:", peaks)
-    assert 20 < max(peaks.values()) < 40 and peaks["update"] > 13  # weights and moments alone
+    assert 13 < min(peaks.values()) < max(peaks.values()) < 40  # 13: weights and moments
 
 # ------------------------------------------------
 # eval.py
