@@ -73,15 +73,13 @@ def file_errors(path):
 # 1. The model. LLaDA is Llama without the causal mask and Dream is Qwen2 without it: both load into
 #    transformers' own classes with is_causal=False, and no remote code runs.
 
-# LLaDA's parameter names and Llama's. transformers renames as it loads, and back as it saves.
-LLADA_NAMES = {rf"^model\.transformer\.{theirs}\.": f"{ours}." for theirs, ours in {
-    "wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}.items()} | {
-    rf"^model\.transformer\.blocks\.(\d+)\.{theirs}\.": rf"model.layers.\1.{ours}."
-    for theirs, ours in {
-        "attn_norm": "input_layernorm", "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj",
-        "v_proj": "self_attn.v_proj", "attn_out": "self_attn.o_proj", "up_proj": "mlp.up_proj",
-        "ff_norm": "post_attention_layernorm", "ff_proj": "mlp.gate_proj",
-        "ff_out": "mlp.down_proj"}.items()}
+# LLaDA's parameter names -> Llama's, one after the other. As it saves transformers renames back.
+LLADA_NAMES = {
+    "model.transformer.ff_out": "lm_head", "model.transformer.wte": "model.embed_tokens",
+    "model.transformer.ln_f": "model.norm", "model.transformer.blocks": "model.layers",
+    "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm",
+    "([qkv]_proj)": r"self_attn.\1", "attn_out": "self_attn.o_proj",
+    "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj"}
 
 def model_config(raw):
     """A checkpoint's config.json -> the config of its bidirectional twin, with mask_token_id, and
