@@ -94,16 +94,16 @@ def model_config(raw):
             num_key_value_heads=raw.get("n_kv_heads") or raw["n_heads"],
             vocab_size=raw.get("embedding_size") or raw["vocab_size"],
             max_position_embeddings=raw["max_sequence_length"], rms_norm_eps=raw["rms_norm_eps"],
-            rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"]},
-            tie_word_embeddings=raw["weight_tying"], mask_token_id=raw["mask_token_id"],
-            eos_token_id=raw["eos_token_id"], pad_token_id=raw.get("pad_token_id"))
+            rope_theta=raw["rope_theta"], tie_word_embeddings=raw["weight_tying"],
+            mask_token_id=raw["mask_token_id"], eos_token_id=raw["eos_token_id"],
+            pad_token_id=raw.get("pad_token_id"))
     elif kind == "Dream":
         config = AutoConfig.for_model(**raw | {"model_type": "qwen2", "logit_shift": 1})
     elif kind in ("llama", "qwen2", "qwen3") and "mask_token_id" in raw:
         config = AutoConfig.for_model(**raw)
     else:
         raise UsageError(f"model_type {kind!r} is not supported, or has no mask_token_id")
-    config.is_causal, config.logit_shift = False, getattr(config, "logit_shift", 0)
+    config.is_causal = False
     return config
 
 def load_model(name_or_path, *, dtype=None, device="cpu"):
