@@ -181,14 +181,13 @@ def save_model(model, tokenizer, folder):
     for name, text in getattr(model, "source_files", {}).items():  # for the family's own loader
         (folder / name).write_text(text)
 
-def attention_mask(prompt_mask, gen_length):
-    """(B, P) prompt mask -> (B, P + gen_length), or None where nothing is padded (the fast path)"""
-    if prompt_mask is not None and not prompt_mask.all():
-        return F.pad(prompt_mask.bool(), (0, gen_length), value=True)
-
 def logits_at(model, canvas, attention, positions, layers=None):
     """Logits that predict the tokens at consecutive `positions` (K,) of each row: -> (B, K, V); the
-    head runs there alone. canvas (B, T) ids, attention (B, T) or None, layers: a block_cache."""
+    head runs there alone. canvas (B, T) ids. attention: None, or 0 where the first columns, (B, P)
+    or all, are padding. layers: a block_cache."""
+    if attention is not None:  # without padding the fast path
+        whole = F.pad(attention.bool(), (0, canvas.shape[1] - attention.shape[1]), value=True)
+        attention = None if attention.all() else whole
     positions = positions - getattr(model.config, "logit_shift", 0)
     columns = torch.arange(canvas.shape[1], device=canvas.device)
     if layers is not None and layers.is_initialized:
@@ -227,14 +226,13 @@ def sample(model, prompts, *, gen_length, block_length, steps, temperature=0.0, 
     S = steps // blocks if threshold is None else K
     completions = prompts.new_full((B, gen_length), mask_id) if hints is None else hints.to(prompts)
     canvas = torch.cat([prompts, completions], dim=1)
-    attention = attention_mask(prompt_mask, gen_length)
     noise = uniform_noise((B, blocks, S, K), generator, device) if temperature > 0 else None
     rows = torch.arange(B, device=device)  # those still being written
 
     for block in range(blocks):
         positions = torch.arange(P + block * K, P + (block + 1) * K, device=device)
         x = canvas[rows]  # (R, P + L)
-        seen = None if attention is None else attention[rows]
+        seen = None if prompt_mask is None else prompt_mask[rows]
         masks = (x[:, positions] == mask_id).sum(1, keepdim=True)
         layers = block_cache(model, positions, cache) if cache else None
         for step in range(S):
@@ -564,7 +562,7 @@ def completion_logps(model, prompts, completions, *, prompt_mask=None):
     P, L = prompts.shape[1], completions.shape[-1]
     canvas = F.pad(prompts, (0, L), value=model.config.mask_token_id)
     positions = torch.arange(P, P + L, device=prompts.device)
-    logits = logits_at(model, canvas, attention_mask(prompt_mask, L), positions)
+    logits = logits_at(model, canvas, prompt_mask, positions)
     table = logits.float().log_softmax(-1)  # (N, L, V)
     with torch.no_grad():
         entropy = -(table.exp() * table).sum(-1)
@@ -638,7 +636,7 @@ def sft_loss(model, prompts, completions, *, prompt_mask=None, t=None, generator
     masked = uniform_noise((B, L), generator, device) < t[:, None]
     canvas = torch.cat([prompts, completions.masked_fill(masked, model.config.mask_token_id)], 1)
     positions = torch.arange(P, P + L, device=device)
-    logits = logits_at(model, canvas, attention_mask(prompt_mask, L), positions)
+    logits = logits_at(model, canvas, prompt_mask, positions)
     logps = logits.float().log_softmax(-1).gather(2, completions[..., None]).squeeze(2)  # (B, L)
     nll = -(logps * masked)
     loss = (nll / t[:, None]).sum() / (B * L)
