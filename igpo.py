@@ -230,27 +230,25 @@ def sample(model, prompts, *, gen_length, block_length, steps, temperature=0.0, 
     rows = torch.arange(B, device=device)  # those still being written
 
     for block in range(blocks):
-        positions = torch.arange(P + block * K, P + (block + 1) * K, device=device)
+        positions = torch.arange(K, device=device) + P + block * K
         x = canvas[rows]  # (R, P + L)
         seen = None if prompt_mask is None else prompt_mask[rows]
         masks = (x[:, positions] == mask_id).sum(1, keepdim=True)
         layers = block_cache(model, positions, cache) if cache else None
         for step in range(S):
-            tokens = x[:, positions]  # (R, K)
-            row, place = (tokens == mask_id).nonzero(as_tuple=True)  # the M masks of the block
-            if len(row) == 0:  # hints or the threshold left fewer masks than steps
+            masked = x[:, positions] == mask_id  # (R, K)
+            if not masked.any():  # hints or the threshold left fewer masks than steps
                 break
-            logits = logits_at(model, x, seen, positions, layers)[row, place]  # (M, V)
-            u = None if noise is None else noise[rows[row], block, step, place]
-            confidence = torch.full(tokens.shape, -math.inf, device=device)
-            tokens[row, place], confidence[row, place] = choose_tokens(
-                logits, mask_id, temperature, u)
-            # A row's `quota` most confident positions are filled in and never change again.
+            logits = logits_at(model, x, seen, positions, layers)  # (R, K, V)
+            u = None if noise is None else noise[rows, block, step]
+            tokens, confidence = choose_tokens(logits, mask_id, temperature, u)
+            confidence = confidence.masked_fill(~masked, -math.inf)
+            # A row's `quota` most confident masks are filled in and never change again.
             quota = masks // S + (step < masks % S)
             fill = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < quota
             if threshold is not None:
                 fill |= confidence.exp() > threshold
-            x[:, positions] = torch.where(fill, tokens, x[:, positions])
+            x[:, positions] = torch.where(fill & masked, tokens, x[:, positions])
             canvas[rows] = x
             if watch:
                 watch(canvas[:, P:])
@@ -269,17 +267,17 @@ def blocks_of(gen_length, block_length, steps):
     return blocks
 
 def choose_tokens(logits, mask_id, temperature, u):
-    """(M, V) logits, (M,) uniform numbers -> (M,) tokens and their (M,) log-probabilities. The mask
+    """(..., V) logits, (...) uniform numbers -> (...) tokens and their log-probabilities. The mask
     id is never chosen, yet confidence is measured under the full softmax, as in LLaDA."""
     logits = logits.float()
     allowed = logits.clone()
-    allowed[:, mask_id] = -math.inf
+    allowed[..., mask_id] = -math.inf
     if temperature > 0:
         cdf = (allowed / temperature).softmax(-1).cumsum(-1)  # invert the distribution at u
-        tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)
+        tokens = torch.searchsorted(cdf, u[..., None] * cdf[..., -1:], right=True).squeeze(-1)
     else:
         tokens = allowed.argmax(-1)
-    return tokens, logits.gather(-1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1)
+    return tokens, logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 def uniform_noise(shape, generators, device):
     """Numbers ~ U[0, 1). A list of generators shares the first dimension out evenly."""
