@@ -354,13 +354,11 @@ def cut_trace(solution, answer, question=""):
     found = places(body)
     if not found:
         return None
-    # Back to the last space or "=" outside of braces: not inside a number or a LaTeX command.
-    end, depth = 0, 0
-    for i, character in enumerate(body[: found[-1 if places(question) else 0]]):
-        depth += (character == "{") - (character == "}")
-        if depth == 0 and character in " \n=":
-            end = i + 1
-    return body[:end].rstrip() or None
+    trace = body[: found[-1 if places(question) else 0]]
+    # Back to a space or "=" outside of braces: not inside a number or a LaTeX command.
+    while trace and (trace[-1] not in " \n=" or trace.count("{") != trace.count("}")):
+        trace = trace[:-1]
+    return trace.rstrip() or None
 
 # ------------------------------------------------
 # 4. Rewards. An answer must be committed to; whether it equals the reference, math-verify decides:
