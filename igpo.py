@@ -368,13 +368,13 @@ LONGEST_ANSWER = 300  # characters; regexes and sympy are slow on length
 GRADE_TIMEOUTS = 0    # answers that ran out of time so far, in this process
 # 43,500 and 385 000 are numbers, (100,200) and \{100,200\} are not; nor is 2 5 a product.
 REWRITES = [(re.compile(pattern), new) for pattern, new in [
-    (r"[−–]", "-"), (r"√", r"\\sqrt "), (r"π", r"\\pi "), (r"×", r"\\times "), (r"[°€£]", ""),
+    (r"[−–]", "-"), (r"√", r"\\sqrt "), (r"π", r"\\pi "), (r"×", r"\\times "),
     (r"\\(?:text|mbox|math|operatorname)(?:rm|bf|it|sf|tt|normal)?\s*(?=\{)", r"\\text"),
     (r"\\text\{([^{}]*\d[^{}]*)\}", r"\1"), (r"^\W*(?:text\W*)?\(([A-E])\).*", r"\1"),  # choice C
-    (r"\\boxed(?:\s*\{\s*\})?|\\displaystyle|\\(?:left|right|[bB]igg?[lr]?)(?![a-z])", ""),
-    (r"(?<!\\)\\[][()$%]|[$%]|\s*\\!\s*|\^\s*\{?\s*\\circ\s*\}?|\\degree", ""),
-    (r"\{,\}", ","), (r"(?<=.)\\approx.*|\\approx", ""), (r"(?<!\\)\\[,:> ]|~|\\q?quad|\s+", " "),
-    (r"_\{(\d+)\}", r"_\1"), (r"(\d) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
+    (r"\\boxed(?:\s*\{\s*\})?|\\degree|\\(?:left|right|[bB]igg?[lr]?)(?![a-z])", ""),
+    (r"(?<!\\)\\[][()$%]|[$%°€£]|\s*\\!\s*", ""), (r"\{,\}", ","), (r"_\{(\d+)\}", r"_\1"),
+    (r"(?<=.)\\approx.*|\\approx", ""), (r"(?<!\\)\\[,:> ]|~|\\q?quad|\s+", " "),
+    (r"(\d) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
     (r"(?<![\\a-zA-Z])(pi|sqrt|sin|cos|tan|cot|log|ln|exp)(?![a-zA-Z])", r"\\\1"),
     (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"), (r"^ ?10\^\{?([-+]?\d+)\}? ?$", r"1e\1"),
     (r"(?<=\d) ?(?:\\times|\\cdot|\*) ?10\^\{?([-+]?\d+)\}?", r"e\1"),
@@ -419,11 +419,9 @@ def grade(completion, reference):
     x, y = number(said), number(gold)
     if x is not None and y is not None:
         return y == x or "%" in answer and "%" not in reference and y == x / 100
-    if said == gold:
-        return True
-    if re.fullmatch(r"\w+_\d+", said) or re.fullmatch(r"\w+_\d+|[a-z]{3,}", gold):
-        return False  # another base or word; math-verify would look at digits and letters alone
-    return ask_judge(said, gold)
+    # In bases and words math-verify would look at digits and letters alone.
+    literal = re.fullmatch(r"\w+_\d+", said) or re.fullmatch(r"\w+_\d+|[a-z]{3,}", gold)
+    return said == gold or not literal and ask_judge(said, gold)
 
 def simplified(text):
     """Text less what carries no mathematics: layout, currency, units. If only words, the words."""
