@@ -436,8 +436,8 @@ def simplified(text):
 def number(text):
     """The value of a decimal or fraction, else None. 1e999999999 would have as many digits."""
     text = re.sub(r"(?<!\d)\\frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
-    plain = re.fullmatch(r"\(?([-+]?(\d+/0*[1-9]\d*|(\d+\.?\d*|\.\d+)(e[-+]?\d{1,3})?))\)?", text)
-    return Fraction(plain[1]) if plain else None
+    plain = re.fullmatch(r"[-+]?(\d+/0*[1-9]\d*|(\d+\.?\d*|\.\d+)(e[-+]?\d{1,3})?)", text)
+    return Fraction(text) if plain else None
 
 # For each [answer, reference] the judge prints 7 (equal), 0 or 1 (not), or less (killed), from a
 # fork under kernel limits, as nothing else stops big-integer C code.
