@@ -160,16 +160,15 @@ def save_model(model, tokenizer, folder):
     if dist.is_initialized() and rank() > 0:
         return
     folder = Path(folder)
-    adapter = {name: weight for name, weight in weights.items() if ".lora_" in name}
+    adapter = {name: weight.float() for name, weight in weights.items() if ".lora_" in name}
     if adapter:  # for RL to go on from; merged in float32, as bfloat16 would round it away
         (folder / "adapter").mkdir(parents=True, exist_ok=True)
         save_file(adapter, folder / "adapter" / "weights.safetensors")
         lora = model.peft_config["default"]
-        for name, A in adapter.items():
-            if ".lora_A." in name:
-                base, B = name.replace("lora_A.default", "base_layer"), name.replace("_A.", "_B.")
-                delta = lora.lora_alpha / lora.r * adapter[B].float() @ A.float()
-                weights[base] = weights[base].float() + delta
+        for name in weights:
+            if name.endswith("base_layer.weight"):
+                A, B = (adapter[name.replace("base_layer", f"lora_{m}.default")] for m in "AB")
+                weights[name] = weights[name].float() + lora.lora_alpha / lora.r * B @ A
         weights = {name.replace(".base_layer", ""): weight.float()
                    for name, weight in weights.items() if name not in adapter}
     if model.config.tie_word_embeddings:
