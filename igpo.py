@@ -82,8 +82,8 @@ LLADA_NAMES = {
     "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj"}
 
 def model_config(raw):
-    """A checkpoint's config.json -> the config of its bidirectional twin, with mask_token_id, and
-    logit_shift 1 where the output at i - 1 predicts position i (Dream)."""
+    """A checkpoint's config.json -> the config of its bidirectional twin. Dream's has logit_shift
+    1: the output at i - 1 predicts position i."""
     kind = raw.get("model_type")
     if kind == "llada":
         if raw.get("alibi") or raw.get("input_emb_norm") or raw.get("scale_logits"):
@@ -305,7 +305,7 @@ class BlockLayer(DynamicLayer):
 
 def block_cache(model, positions, kind="block"):
     """An empty cache for logits_at: its first pass is over the whole canvas, later ones over the
-    block at `positions` (and the token before, where logits are read from there)."""
+    block at `positions` (and the token before, for Dream)."""
     if kind != "block":
         raise ValueError(f"cache is None or 'block', not {kind!r}")
     block = slice(positions[0].item() - getattr(model.config, "logit_shift", 0),
@@ -418,9 +418,11 @@ def grade(completion, reference):
     x, y = number(said), number(gold)
     if x is not None and y is not None:
         return y == x or "%" in answer and "%" not in reference and y == x / 100
-    # In bases and words math-verify would look at digits and letters alone.
-    literal = re.fullmatch(r"\w+_\d+", said) or re.fullmatch(r"\w+_\d+|[a-z]{3,}", gold)
-    return said == gold or not literal and ask_judge(said, gold)
+    if said == gold:
+        return True
+    if re.fullmatch(r"\w+_\d+", said) or re.fullmatch(r"\w+_\d+|[a-z]{3,}", gold):
+        return False  # another base or word; math-verify would look at digits and letters alone
+    return ask_judge(said, gold)
 
 def simplified(text):
     """Text less what carries no mathematics: layout, currency, units. If only words, the words."""
