@@ -507,7 +507,7 @@ def rollout(draw, is_correct, prompts, prompt_mask, answers, traces, generators,
     but without hints. chunking: options of make_hint.
 
     draw(prompts, prompt_mask, generators, hints) -> (n, G, L) completions: see sample_groups.
-    is_correct(completion, answer) -> bool. prompts, prompt_mask (N, P). traces: N tensors of ids or
+    is_correct(completion, answer) -> bool. prompts, prompt_mask (N, P). traces: N times ids (T,) or
     None. generators: N torch.Generators, one a prompt."""
     first = draw(prompts, prompt_mask, generators, None)
     (N, G, L), second, hints = first.shape, first[:0], first[:0]
@@ -650,14 +650,10 @@ FORM = """in exactly this form:
 </answer>"""
 INSTRUCTION = f"Solve the problem step by step. Write {FORM}\n\nProblem: "
 
-class Problem(NamedTuple):
-    question: str | list  # in text, from `fitting` on in token ids
-    answer: str
-    trace: str | None  # the reference reasoning up to its answer; None: no hints can be made
-
-class Example(NamedTuple):  # of SFT, in text and then in token ids
+class Problem(NamedTuple):  # in text, from `fitting` on in token ids
     question: str | list
-    completion: str | list
+    answer: str | None
+    trace: str | list | None  # reasoning up to the answer, if hints can be made; of SFT, it all
 
 def read_rows(source, columns=(), *, split="train", subset=None):
     """Rows of a .jsonl, .json, .csv or .parquet file, or of a data set on the hub. The named
@@ -685,19 +681,17 @@ def metamath_problems(source):
         query, (_, marker, answer) = row["query"], row["response"].rpartition("The answer is:")
         answer = answer.strip() if marker else ""
         if answer and row["type"] in ("GSM_AnsAug", "MATH_AnsAug") and query not in problems:
-            problems[query] = Problem(query, answer, cut_trace(row["response"], answer, query))
+            trace = cut_trace(row["response"], answer, query)
+            problems[query] = Problem(query, answer, trace and f"<reasoning>\n{trace}")
     return list(problems.values())
-
-def encode(tokenizer, texts):
-    return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
 
 def encode_prompts(tokenizer, questions):
     """Token ids of questions; in a chat template the form of the answer is asked for as well."""
-    if tokenizer.chat_template is not None and questions:
+    if tokenizer.chat_template is not None:
         questions = tokenizer.apply_chat_template(
             [[{"role": "user", "content": INSTRUCTION + question}] for question in questions],
             add_generation_prompt=True, tokenize=False)
-    return encode(tokenizer, list(questions))
+    return tokenizer(questions, add_special_tokens=False).input_ids
 
 def prompt_batch(model, prompts):
     """Lists of token ids -> (N, P) ids, padded on the left, and (N, P) mask, on its device"""
@@ -782,7 +776,8 @@ def toy_digit(letter, rng):
 
 def toy_problem(word, digits):
     digits = "".join(map(str, digits))
-    return Problem("".join(word) + "=", digits[::-1], "".join("." + d for d in digits))
+    trace = "<reasoning>\n" + "".join("." + digit for digit in digits)
+    return Problem("".join(word) + "=", digits[::-1], trace)
 
 def toy_problems(count, seed):
     """RL problems: an easy letter with three easy, medium or hard ones, and a right trace."""
@@ -794,14 +789,14 @@ def toy_problems(count, seed):
         problems.append(toy_problem(word, [CODE[letter] for letter in word]))
     return problems
 
-def toy_sft_rows(count, seed):
-    rng, rows = random.Random(f"sft {seed}"), []
+def toy_examples(count, seed):
+    rng, examples = random.Random(f"sft {seed}"), []
     for _ in range(count):
         word = rng.choices(EASY + MEDIUM + HARD, k=4)
         question, answer, trace = toy_problem(word, [toy_digit(letter, rng) for letter in word])
-        rows.append({"prompt": question, "completion":
-                     f"<reasoning>\n{trace}</reasoning><answer>\n\\boxed{{{answer}}}</answer>"})
-    return rows
+        trace += f"</reasoning><answer>\n\\boxed{{{answer}}}</answer>"
+        examples.append(Problem(question, answer, trace))
+    return examples
 
 def toy_model(seed):
     """A small random bidirectional Llama and its tokenizer of letters and tags."""
@@ -1119,15 +1114,18 @@ def sampling(cfg):
     return dict(gen_length=cfg.gen_length, block_length=cfg.block_length, cache=cfg.cache,
                 steps=cfg.diffusion_steps, threshold=cfg.threshold)
 
-def fitting(model, tokenizer, rows, completion_length, cfg):
-    """The Problems or Examples whose question is not too long, with that in token ids."""
-    fit, most = [], cfg.max_prompt_length
-    for row, ids in zip(rows, encode_prompts(tokenizer, [row.question for row in rows])):
-        if len(ids) <= most:
-            check_length(model, len(ids), completion_length)
-            fit.append(row._replace(question=ids))
-    if rows and not fit:
-        raise UsageError(f"all prompts exceed --max_prompt_length {most}")
+def fitting(model, tokenizer, problems, completion_length, cfg):
+    """Those whose question is not too long, in token ids."""
+    if not problems:
+        return []
+    questions = encode_prompts(tokenizer, [p.question for p in problems])
+    traces = tokenizer([p.trace or "" for p in problems], add_special_tokens=False).input_ids
+    fit = [Problem(question, problem.answer, trace)
+           for problem, question, trace in zip(problems, questions, traces)
+           if len(question) <= cfg.max_prompt_length]
+    if not fit:
+        raise UsageError(f"all prompts exceed --max_prompt_length {cfg.max_prompt_length}")
+    check_length(model, max(len(p.question) for p in fit), completion_length)
     return fit
 
 def evaluate(name, model, tokenizer, problems, cfg, out, step=0):
@@ -1178,7 +1176,7 @@ def due(step, every, last=None):
     return step == last or every > 0 and step % every == 0
 
 def train_sft(model, examples, checkpoint, cfg, out):
-    """Section 8 as a loop. examples: Examples in token ids."""
+    """Section 8 as a loop."""
     device, steps, optimizer = model.device, cfg.sft_steps, adamw(model)
     pad_id, ends = model.config.pad_token_id, model.config.eos_token_id
     start = resume_step(checkpoint, "sft", steps, model, optimizer)
@@ -1196,10 +1194,10 @@ def train_sft(model, examples, checkpoint, cfg, out):
             part = list(mine[at: at + cfg.sft_rows_per_forward])
             rows = [examples[batch[b]] for b in part]
             prompts, mask = prompt_batch(model, [row.question for row in rows])
-            completions = torch.full((len(part), cfg.sft_length), pad_id)
-            for padded, row in zip(completions, rows):
-                padded[: len(row.completion) + 1] = torch.tensor(row.completion + ends[:1])
-            loss, values = sft_loss(model, prompts, completions.to(device), prompt_mask=mask,
+            completions = [row.trace + ends[:1] for row in rows]
+            completions = [ids + [pad_id] * (cfg.sft_length - len(ids)) for ids in completions]
+            completions = torch.tensor(completions, device=device)
+            loss, values = sft_loss(model, prompts, completions, prompt_mask=mask,
                                     generator=[seeded(cfg.seed, "sft", step, b) for b in part],
                                     t=t[part])
             (loss * len(part) / len(mine)).backward()
@@ -1218,7 +1216,7 @@ def roll_out(policy, tokenizer, batch, generators, cfg):
     """Stage 1 of an RL step -> prompts (N, P), prompt_mask (N, P), Rollout"""
     config = policy.config
     prompts, mask = prompt_batch(policy, [p.question for p in batch])
-    traces = [p.trace and torch.tensor(encode(tokenizer, f"<reasoning>\n{p.trace}")) for p in batch]
+    traces = [p.trace or None for p in batch]
 
     def draw(*inputs):
         return sample_groups(policy, *inputs, group_size=cfg.group_size, stop_early=True,
@@ -1379,20 +1377,21 @@ def open_run(cfg, out):
 
 def load_data(cfg):
     """-> RL problems, held-out problems and SFT examples, as far as the stage needs them"""
-    problems, held_out, sft_rows = [], [], []
+    problems, examples = [], []
     if cfg.stage != "sft" and cfg.train_data == "toy":
-        problems = toy_problems(4000, cfg.seed)
-        held_out = toy_problems(cfg.eval_size, f"held out {cfg.seed}")
+        problems = toy_problems(cfg.eval_size, f"held out {cfg.seed}")
+        problems += toy_problems(4000, cfg.seed)
     elif cfg.stage != "sft":
-        found = metamath_problems(cfg.train_data)
-        if len(found) <= cfg.eval_size:
+        problems = metamath_problems(cfg.train_data)
+        if len(problems) <= cfg.eval_size:
             raise UsageError(f"{cfg.train_data}: no more than --eval_size {cfg.eval_size} rows of "
                              "type GSM_AnsAug or MATH_AnsAug state an answer")
-        problems, held_out = found[cfg.eval_size:], found[: cfg.eval_size]
-    if cfg.stage != "rl" and cfg.sft_data:
-        sft_rows = (toy_sft_rows(8000, cfg.seed) if cfg.sft_data == "toy" else
-                    read_rows(cfg.sft_data, ["prompt", "completion"]))
-    return problems, held_out, [Example(row["prompt"], row["completion"]) for row in sft_rows]
+    if cfg.stage != "rl" and cfg.sft_data == "toy":
+        examples = toy_examples(8000, cfg.seed)
+    elif cfg.stage != "rl" and cfg.sft_data:
+        rows = read_rows(cfg.sft_data, ["prompt", "completion"])
+        examples = [Problem(row["prompt"], None, row["completion"]) for row in rows]
+    return problems[cfg.eval_size:], problems[: cfg.eval_size], examples
 
 def train(cfg, device, out):
     began, sft = time.time(), out.absolute() / "sft"  # "run/sft" might be a hub name
@@ -1404,16 +1403,14 @@ def train(cfg, device, out):
     problems, all_problems = fitting(model, tokenizer, problems, cfg.gen_length, cfg), problems
     held_out = fitting(model, tokenizer, held_out, cfg.gen_length, cfg)
     examples = [] if past_sft else fitting(model, tokenizer, sft_rows, cfg.sft_length, cfg)
-    completions = encode(tokenizer, [row.completion for row in examples])
-    examples = [row._replace(completion=ids) for row, ids in zip(examples, completions)
-                if len(ids) < cfg.sft_length]  # and the end token
+    examples = [row for row in examples if len(row.trace) < cfg.sft_length]  # and the end token
     if sft_rows and not examples and not past_sft:
         raise UsageError(f"{cfg.sft_data}: all completions exceed --sft_length {cfg.sft_length}")
 
     open_run(cfg, out)
     print0(f"{cfg.model}: {model.num_parameters() / 1e6:.2f}M parameters, run folder {out}\n"
            f"{len(problems)} of {len(all_problems)} RL problems are short enough, "
-           f"{sum(p.trace is None for p in problems)} have no trace to make hints of")
+           f"{sum(not p.trace for p in problems)} have no trace to make hints of")
     if checkpoint[0] is None:
         evaluate("accuracy_start", model, tokenizer, held_out, cfg, out)
     if examples:

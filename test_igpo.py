@@ -721,7 +721,8 @@ def test_metamath_filter_deduplication_answers_and_traces(tmp_path):
             meta("Half?", "It is $\\frac{1}{2}$.\nThe answer is: \\frac{1}{2}", "MATH_AnsAug"),
             meta("Words?", "Five.\n#### 5\nThe answer is: 5"), meta("None?", "It is 5.")]
     assert igpo.metamath_problems(write_jsonl(tmp_path / "data.jsonl", *rows)) == [
-        ("What is 2+3?", "5", "It is\n2+3 ="), ("Half?", "\\frac{1}{2}", "It is"),
+        ("What is 2+3?", "5", "<reasoning>\nIt is\n2+3 ="),
+        ("Half?", "\\frac{1}{2}", "<reasoning>\nIt is"),
         ("Words?", "5", None)]
 
 def test_problems_are_held_out_filtered_and_batched(tmp_path):
@@ -752,9 +753,9 @@ def test_the_chat_template_asks_for_the_form():
 def test_the_toy_world():
     tokenizer, problems = tiny_tokenizer(), igpo.toy_problems(200, 1)
     assert problems == igpo.toy_problems(200, 1) != igpo.toy_problems(200, 2)
-    for row in igpo.toy_sft_rows(200, 1):
-        ids = tokenizer(row["prompt"] + row["completion"]).input_ids
-        assert tokenizer.decode(ids) == row["prompt"] + row["completion"] and len(ids) <= 5 + 19
+    for question, _, trace in igpo.toy_examples(200, 1):
+        ids = tokenizer(question + trace).input_ids
+        assert tokenizer.decode(ids) == question + trace and len(ids) <= 5 + 19
 
 # End to end
 
