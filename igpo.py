@@ -30,7 +30,7 @@ import warnings
 import zlib
 from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -1129,22 +1129,17 @@ def fitting(model, tokenizer, problems, completion_length, cfg):
     return fit
 
 def evaluate(name, model, tokenizer, problems, cfg, out, step=0):
-    """Greedy accuracy on held-out problems, into the log."""
+    """Greedy accuracy on held-out problems, into the log: a roll-out of one response each."""
     if not problems:
         return
-    mine, right = problems[rank():: world()], 0
-    model.eval()
-    with gathered(model):
-        for at in range(0, len(mine), cfg.rows_per_call):
-            part = mine[at: at + cfg.rows_per_call]
-            prompts, mask = prompt_batch(model, [p.question for p in part])
-            answers = sample(model, prompts, prompt_mask=mask, stop_early=True, **sampling(cfg))
-            for completion, problem in zip(answers, part):
-                text = decode(tokenizer, completion, model.config.eos_token_id)
-                right += grade(text, problem.answer)
-    share = mean_across_ranks({name: right * world() / len(problems)}, model.device)
-    record(out, "eval", step, share)
-    print0(f"{name}: {share[name]:.3f} on {len(problems)} held-out problems")
+    mine = problems[rank():: world()] or problems  # with too few for all the share is the same
+    greedy = replace(cfg, group_size=1, temperature=0.0, algo="grpo")
+    _, _, roll = roll_out(model, tokenizer, mine, [None] * len(mine), greedy)
+    counts = {"right": roll.correct.sum().item(), "of": len(mine)}
+    counts = mean_across_ranks(counts, model.device)
+    accuracy = counts["right"] / counts["of"]
+    record(out, "eval", step, {name: accuracy})
+    print0(f"{name}: {accuracy:.3f} on {len(problems)} held-out problems")
 
 def record(out, stage, step, metrics):
     if rank() == 0:
