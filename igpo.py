@@ -878,18 +878,28 @@ def lock(folder):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 def load_policy(cfg, device, sft=None):
-    """The model to train and its tokenizer. sft: the folder of a finished SFT to go on from."""
-    if cfg.model == "toy" and (cfg.lora_rank or not sft):
+    """The model to train and its tokenizer. sft: the folder of a finished SFT to go on from. With
+    LoRA the base is frozen, and float32 adapters, new or the SFT's, are trained."""
+    source = sft if sft and not cfg.lora_rank else cfg.model
+    if source == "toy":
         model, tokenizer = toy_model(cfg.seed)
     else:  # rank 0 reads the weights and deals out shards, so the host holds one copy
-        model, tokenizer = load_model(
-            cfg.model if cfg.lora_rank else sft or cfg.model,
-            dtype=compute_dtype(device) if cfg.lora_rank else None,  # frozen, or trained in float32
-            device="cpu" if rank() == 0 else "meta")
+        model, tokenizer = load_model(source, device="cpu" if rank() == 0 else "meta",
+                                      dtype=compute_dtype(device) if cfg.lora_rank else None)
     if device.type == "cuda":  # activations are computed again in the backward pass
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.lora_rank:
-        add_lora(model, cfg, sft)
+        with file_errors(sft or "--lora_rank"):
+            from peft import LoraConfig
+            torch.manual_seed(cfg.seed)  # the same adapters on every process
+            model.add_adapter(LoraConfig(
+                r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout,
+                target_modules="all-linear"))
+            for parameter in trained(model):
+                parameter.data = parameter.data.float()
+            if sft:
+                adapter = load_file(sft / "adapter" / "weights.safetensors")
+                model.load_state_dict(adapter, strict=False)
     shard(model, device)
     return model, tokenizer
 
@@ -905,20 +915,6 @@ def shard(model, device):
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)  # in no file
     set_model_state_dict(model, weights, options=StateDictOptions(
         full_state_dict=True, broadcast_from_rank0=True))
-
-def add_lora(model, cfg, sft):
-    """Freeze the model and give it float32 adapters to train: new ones, or those of an SFT."""
-    model.requires_grad_(False)
-    with file_errors(sft or "--lora_rank"):
-        from peft import LoraConfig
-        torch.manual_seed(cfg.seed)  # the same adapters on every process
-        model.add_adapter(LoraConfig(
-            r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout,
-            target_modules="all-linear"))
-        for parameter in trained(model):
-            parameter.data = parameter.data.float()
-        if sft:
-            model.load_state_dict(load_file(sft / "adapter" / "weights.safetensors"), strict=False)
 
 def trained(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
