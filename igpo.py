@@ -720,9 +720,10 @@ REWRITE = f"""Rewrite the solution of the problem so that it is concise, structu
 only the steps that lead to the answer, each stated once, without doubts, detours or repetition,
 {FORM}"""
 
-def rewrite(cfg, device, out):
+def rewrite(cfg, device):
     """The stage before SFT: an instruction model rewrites solutions; those in form and right go to
     traces.jsonl, which SFT reads. What rewritten.RANK.jsonl holds is not done again on --resume."""
+    out, *_ = run_folder(cfg)
     rows = read_rows(cfg.rewrite_data, ["problem", "answer", "solution"])
     with file_errors(cfg.rewriter):
         writer = transformers.pipeline("text-generation", cfg.rewriter, device=device,
@@ -1331,21 +1332,23 @@ def show_group(tokenizer, roll, learning):
             f"  inpainted  {text!r}   (of the [hints] those with ^ learn)")
 
 def run_folder(cfg):
-    """The folder of a new run, or with --resume that of one with the same settings; unchanged."""
-    name = [cfg.out_dir or f"runs/{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"]
-    dist.broadcast_object_list(name)  # the clocks of two processes may differ
-    out = Path(name[0])
+    """The folder of a new run, or with --resume that of one with the same settings; unchanged ->
+    it, its newest checkpoint and whether it has an SFT's model"""
+    out = Path(cfg.out_dir or f"runs/{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+    checkpoint, past_sft = checkpoints(out)[-1], (out / "sft").exists()
     if not cfg.resume and any(out.glob("[!.]*")):
         raise UsageError(f"{out} is not empty: --resume continues a run there")
     if cfg.resume:
-        if len(checkpoints(out)) == 1 and ((out / "sft").exists() or (out / "final").exists()):
+        if checkpoint[0] is None and (past_sft or (out / "final").exists()):
             raise UsageError(f"--resume: {out} has no checkpoint any more")
         with file_errors(out / "config.json"):
             before = json.loads((out / "config.json").read_text())
             for name, value in asdict(cfg).items():
                 if before[name] != value and name not in FREE_TO_CHANGE:
                     raise UsageError(f"--resume: {out} was started with --{name} {before[name]}")
-    return out
+    found = [out, checkpoint, past_sft]
+    dist.broadcast_object_list(found)  # clocks and views of a file system may differ
+    return found
 
 def open_run(cfg, out):
     """Begin to write, now that all is loaded. Metrics after the checkpoint are dropped, for these
@@ -1384,14 +1387,12 @@ def load_data(cfg):
         examples = [Problem(row["prompt"], None, row["completion"]) for row in rows]
     return problems[cfg.eval_size:], problems[: cfg.eval_size], examples
 
-def train(cfg, device, out):
-    began, sft = time.time(), out.absolute() / "sft"  # "run/sft" might be a hub name
-    problems, held_out, sft_rows = load_data(cfg)
-    found = [checkpoints(out)[-1], sft.exists()]
-    dist.broadcast_object_list(found)  # two processes may see different states of a file system
-    checkpoint, past_sft = found[0], bool(sft_rows) and (found[1] or found[0][0] == "rl")
-    model, tokenizer = load_policy(cfg, device, sft if past_sft else None)
-    problems, all_problems = fitting(model, tokenizer, problems, cfg.gen_length, cfg), problems
+def train(cfg, device):
+    began, (out, checkpoint, past_sft) = time.time(), run_folder(cfg)
+    rl_rows, held_out, sft_rows = load_data(cfg)
+    past_sft |= bool(sft_rows) and checkpoint[0] == "rl"
+    model, tokenizer = load_policy(cfg, device, out / "sft" if past_sft else None)
+    problems = fitting(model, tokenizer, rl_rows, cfg.gen_length, cfg)
     held_out = fitting(model, tokenizer, held_out, cfg.gen_length, cfg)
     examples = [] if past_sft else fitting(model, tokenizer, sft_rows, cfg.sft_length, cfg)
     examples = [row for row in examples if len(row.trace) < cfg.sft_length]  # and the end token
@@ -1400,14 +1401,14 @@ def train(cfg, device, out):
 
     open_run(cfg, out)
     print0(f"{cfg.model}: {model.num_parameters() / 1e6:.2f}M parameters, run folder {out}\n"
-           f"{len(problems)} of {len(all_problems)} RL problems are short enough, "
+           f"{len(problems)} of {len(rl_rows)} RL problems are short enough, "
            f"{sum(not p.trace for p in problems)} have no trace to make hints of")
     if checkpoint[0] is None:
         evaluate("accuracy_start", model, tokenizer, held_out, cfg, out)
     if examples:
         print0(f"SFT: {len(examples)} of {len(sft_rows)} examples are short enough")
         train_sft(model, examples, checkpoint, cfg, out)
-        with complete(sft) as folder:
+        with complete(out / "sft") as folder:
             save_model(model, tokenizer, folder)
     if sft_rows and checkpoint[0] != "rl":
         evaluate("accuracy_sft", model, tokenizer, held_out, cfg, out)
@@ -1435,7 +1436,7 @@ def main(argv=None):
     cfg = parse(Config, argv, PRESETS)
     device = setup()
     check(cfg)
-    (rewrite if cfg.stage == "rewrite" else train)(cfg, device, run_folder(cfg))
+    (rewrite if cfg.stage == "rewrite" else train)(cfg, device)
 
 def run_main(main, name):
     """Run a command line, also eval.py's; a user's error is one line and status 2."""
