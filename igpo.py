@@ -1394,23 +1394,23 @@ def train(cfg, device):
     model, tokenizer = load_policy(cfg, device, out / "sft" if past_sft else None)
     problems = fitting(model, tokenizer, rl_rows, cfg.gen_length, cfg)
     held_out = fitting(model, tokenizer, held_out, cfg.gen_length, cfg)
-    examples = [] if past_sft else fitting(model, tokenizer, sft_rows, cfg.sft_length, cfg)
+    examples = fitting(model, tokenizer, sft_rows, cfg.sft_length, cfg)
     examples = [row for row in examples if len(row.trace) < cfg.sft_length]  # and the end token
-    if sft_rows and not examples and not past_sft:
+    if sft_rows and not examples:
         raise UsageError(f"{cfg.sft_data}: all completions exceed --sft_length {cfg.sft_length}")
 
     open_run(cfg, out)
     print0(f"{cfg.model}: {model.num_parameters() / 1e6:.2f}M parameters, run folder {out}\n"
-           f"{len(problems)} of {len(rl_rows)} RL problems are short enough, "
+           f"{len(examples)} of {len(sft_rows)} SFT examples and {len(problems)} of {len(rl_rows)} "
+           "RL problems are short enough, "
            f"{sum(not p.trace for p in problems)} have no trace to make hints of")
     if checkpoint[0] is None:
         evaluate("accuracy_start", model, tokenizer, held_out, cfg, out)
-    if examples:
-        print0(f"SFT: {len(examples)} of {len(sft_rows)} examples are short enough")
+    if examples and not past_sft:
         train_sft(model, examples, checkpoint, cfg, out)
         with complete(out / "sft") as folder:
             save_model(model, tokenizer, folder)
-    if sft_rows and checkpoint[0] != "rl":
+    if examples and checkpoint[0] != "rl":
         evaluate("accuracy_sft", model, tokenizer, held_out, cfg, out)
     if problems:
         train_rl(model, tokenizer, problems, held_out, checkpoint, cfg, out)
