@@ -997,7 +997,7 @@ def resume_step(checkpoint, stage, steps, model, optimizer):
 def flag(default, help, bounds=None):
     """A field of Config, and so a flag. A number has bounds, by default of a count or a share."""
     bounds = bounds or {int: "1..1e9", float: "0..1"}.get(type(default))
-    return field(default=default, metadata={"help": help} | ({"metavar": bounds} if bounds else {}))
+    return field(default=default, metadata={"help": help, "metavar": bounds})
 
 @dataclass
 class Config:
@@ -1080,7 +1080,7 @@ def parse(config_class, argv=None, presets=None):
         parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
     cfg = config_class(**vars(parser.parse_args(argv)))
     for f in fields(cfg):
-        value, bounds = getattr(cfg, f.name), f.metadata.get("metavar")
+        value, bounds = getattr(cfg, f.name), f.metadata["metavar"]
         if bounds and value is not None:
             least, most = map(float, bounds.split(".."))
             if not least <= value <= most:  # nor is nan
@@ -1132,9 +1132,9 @@ def evaluate(name, model, tokenizer, problems, cfg, out, step=0):
     mine = problems[rank():: world()] or problems  # with too few for all the share is the same
     greedy = replace(cfg, group_size=1, temperature=0.0, algo="grpo")
     _, _, roll = roll_out(model, tokenizer, mine, [None] * len(mine), greedy)
-    counts = {"right": roll.correct.sum().item(), "of": len(mine)}
-    counts = mean_across_ranks(counts, model.device)
-    accuracy = counts["right"] / counts["of"]
+    right, of = roll.correct.sum().item(), len(mine)
+    means = mean_across_ranks({"right": right, "of": of}, model.device)
+    accuracy = means["right"] / means["of"]
     record(out, "eval", step, {name: accuracy})
     print0(f"{name}: {accuracy:.3f} on {len(problems)} held-out problems")
 
@@ -1164,13 +1164,10 @@ def add(total, metrics, share):
     for name, value in metrics.items():
         total[name] += value * share
 
-def due(step, every, last=None):
-    return step == last or every > 0 and step % every == 0
-
 def train_sft(model, examples, checkpoint, cfg, out):
     """Section 8 as a loop."""
     device, steps, optimizer = model.device, cfg.sft_steps, adamw(model)
-    pad_id, ends = model.config.pad_token_id, model.config.eos_token_id
+    tail = model.config.eos_token_id[:1] + [model.config.pad_token_id] * cfg.sft_length
     start = resume_step(checkpoint, "sft", steps, model, optimizer)
     model.train()
     bar = tqdm(range(start, steps), "SFT", steps, initial=start, disable=rank() > 0, mininterval=1)
@@ -1186,12 +1183,10 @@ def train_sft(model, examples, checkpoint, cfg, out):
             part = list(mine[at: at + cfg.sft_rows_per_forward])
             rows = [examples[batch[b]] for b in part]
             prompts, mask = prompt_batch(model, [row.question for row in rows])
-            completions = [row.trace + ends[:1] for row in rows]
-            completions = [ids + [pad_id] * (cfg.sft_length - len(ids)) for ids in completions]
-            completions = torch.tensor(completions, device=device)
-            loss, values = sft_loss(model, prompts, completions, prompt_mask=mask,
+            completions = [(row.trace + tail)[: cfg.sft_length] for row in rows]
+            loss, values = sft_loss(model, prompts, torch.tensor(completions, device=device),
                                     generator=[seeded(cfg.seed, "sft", step, b) for b in part],
-                                    t=t[part])
+                                    prompt_mask=mask, t=t[part])
             (loss * len(part) / len(mine)).backward()
             add(metrics, values | {"loss": loss.item()}, len(part) / len(mine))
         lr = cfg.sft_lr * schedule(step, steps, cfg.warmup_steps)
@@ -1201,7 +1196,7 @@ def train_sft(model, examples, checkpoint, cfg, out):
         metrics = mean_across_ranks(metrics, device) | {"grad_norm": norm, "lr": lr}
         record(out, "sft", step + 1, metrics | {"seconds": time.time() - began})
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
-        if due(step + 1, cfg.sft_save_every, last=steps):
+        if step + 1 == steps or (step + 1) % (cfg.sft_save_every or steps) == 0:
             save_checkpoint(out, "sft", step + 1, model, optimizer)
 
 def roll_out(policy, tokenizer, batch, generators, cfg):
@@ -1241,7 +1236,6 @@ def train_rl(policy, tokenizer, problems, held_out, checkpoint, cfg, out):
     device, end_ids = policy.device, policy.config.eos_token_id
     steps = cfg.max_steps or max(cfg.epochs * len(problems) // cfg.prompts_per_step, 1)
     print0(f"RL: {steps} steps of {cfg.prompts_per_step} prompts")
-    per_forward = min(cfg.prompts_per_forward, cfg.prompts_per_step // world())
     initial = [parameter.detach().clone() for parameter in trained(policy)] if cfg.beta else []
     optimizer = adamw(policy)
     for step in range(resume_step(checkpoint, "rl", steps, policy, optimizer), steps):
@@ -1255,7 +1249,7 @@ def train_rl(policy, tokenizer, problems, held_out, checkpoint, cfg, out):
         # 2. Score: advantages, log-probabilities before the first update, and what learns.
         rewards = total_rewards(tokenizer, roll.completions, roll.correct, cfg, end_ids)
         advantages = group_advantages(rewards).to(device)
-        inputs = prompts, mask, roll.completions, per_forward
+        inputs = prompts, mask, roll.completions, cfg.prompts_per_forward
         old_logps, entropy = group_logps(policy, *inputs)
         swap(trained(policy), initial)  # now it is the initial policy, to which the KL is
         ref_logps = group_logps(policy, *inputs)[0] if cfg.beta else old_logps
@@ -1267,8 +1261,8 @@ def train_rl(policy, tokenizer, problems, held_out, checkpoint, cfg, out):
         policy.train()
         torch.manual_seed(seeded(cfg.seed, "dropout", step, rank()).initial_seed())
         for inner in range(cfg.mu):
-            for at in range(0, len(batch), per_forward):
-                part = slice(at, at + per_forward)
+            for at in range(0, len(batch), cfg.prompts_per_forward):
+                part = slice(at, at + cfg.prompts_per_forward)
                 logps, _ = completion_logps(policy, prompts[part], roll.completions[part],
                                             prompt_mask=mask[part])
                 loss, values = policy_loss(
@@ -1290,7 +1284,7 @@ def train_rl(policy, tokenizer, problems, held_out, checkpoint, cfg, out):
         report(out, step + 1, steps, mean_across_ranks(metrics, device), cfg)
         if step % 10 == 0 and roll.hinted.any():
             print0(show_group(tokenizer, roll, learning))
-        if due(step + 1, cfg.save_every, last=steps):
+        if step + 1 == steps or (step + 1) % (cfg.save_every or steps) == 0:
             name = "accuracy_final" if step + 1 == steps else "eval_accuracy"
             evaluate(name, policy, tokenizer, held_out, cfg, out, step + 1)
             save_checkpoint(out, "rl", step + 1, policy, optimizer)
