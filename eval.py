@@ -173,7 +173,7 @@ def evaluate(model, tokenizer, found, cfg, out):
                     "prompt": tokenizer.decode(prompts[task][i]),
                     **graded(text, found[task][i].answer)})
     speed = {"tokens_per_second": world * tokens / (time.time() - began)}
-    speed = igpo.mean_across_ranks(speed, model.device)  # which waits for all
+    speed = igpo.mean_across_ranks(speed)  # which waits for all
     if rank == 0:
         done = read_samples(out)
         samples = [done[k] for k in keys]

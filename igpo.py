@@ -844,10 +844,10 @@ def print0(*args):
     if rank() == 0:
         print(*args, flush=True)
 
-def mean_across_ranks(metrics, device="cpu"):
-    values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=device)
-    dist.all_reduce(values)
-    return dict(zip(metrics, (values / world()).tolist()))
+def mean_across_ranks(metrics):
+    found = [None] * world()
+    dist.all_gather_object(found, metrics)
+    return {name: sum(part[name] for part in found) / world() for name in metrics}
 
 def write_file(path, text):
     """Replace a file at once: a kill leaves the old one or the new one."""
@@ -1133,7 +1133,7 @@ def evaluate(name, model, tokenizer, problems, cfg, out, step=0):
     greedy = replace(cfg, group_size=1, temperature=0.0, algo="grpo")
     _, _, roll = roll_out(model, tokenizer, mine, [None] * len(mine), greedy)
     right, of = roll.correct.sum().item(), len(mine)
-    means = mean_across_ranks({"right": right, "of": of}, model.device)
+    means = mean_across_ranks({"right": right, "of": of})
     accuracy = means["right"] / means["of"]
     record(out, "eval", step, {name: accuracy})
     print0(f"{name}: {accuracy:.3f} on {len(problems)} held-out problems")
@@ -1193,7 +1193,7 @@ def train_sft(model, examples, checkpoint, cfg, out):
         norm = optimizer_step(model, optimizer, lr, max_grad_norm=1.0)
         if not math.isfinite(norm):
             raise UsageError(f"SFT step {step + 1}: the gradient is not finite; lower --sft_lr")
-        metrics = mean_across_ranks(metrics, device) | {"grad_norm": norm, "lr": lr}
+        metrics = mean_across_ranks(metrics) | {"grad_norm": norm, "lr": lr}
         record(out, "sft", step + 1, metrics | {"seconds": time.time() - began})
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
         if step + 1 == steps or (step + 1) % (cfg.sft_save_every or steps) == 0:
@@ -1281,7 +1281,7 @@ def train_rl(policy, tokenizer, problems, held_out, checkpoint, cfg, out):
         rewards = total_rewards(tokenizer, roll.first, roll.first_correct, cfg, end_ids)
         metrics |= {"reward": rewards.mean().item(), "seconds_rollout": seconds_rollout,
                     "seconds": time.time() - began}
-        report(out, step + 1, steps, mean_across_ranks(metrics, device), cfg)
+        report(out, step + 1, steps, mean_across_ranks(metrics), cfg)
         if step % 10 == 0 and roll.hinted.any():
             print0(show_group(tokenizer, roll, learning))
         if step + 1 == steps or (step + 1) % (cfg.save_every or steps) == 0:
