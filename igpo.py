@@ -723,14 +723,14 @@ only the steps that lead to the answer, each stated once, without doubts, detour
 def rewrite(cfg, device):
     """The stage before SFT: an instruction model rewrites solutions; those in form and right go to
     traces.jsonl, which SFT reads. What rewritten.RANK.jsonl holds is not done again on --resume."""
-    out, *_ = run_folder(cfg)
+    out, checkpoint = run_folder(cfg)
     rows = read_rows(cfg.rewrite_data, ["problem", "answer", "solution"])
     with file_errors(cfg.rewriter):
         writer = transformers.pipeline("text-generation", cfg.rewriter, device=device,
                                        dtype=compute_dtype(device))
         writer.tokenizer.padding_side = "left"
         writer.tokenizer.pad_token = writer.tokenizer.pad_token or writer.tokenizer.eos_token
-    open_run(cfg, out)
+    open_run(cfg, out, checkpoint)
 
     def written():
         return {line["row"]: line for part in out.glob("rewritten.*.jsonl")
@@ -1326,25 +1326,25 @@ def show_group(tokenizer, roll, learning):
             f"  inpainted  {text!r}   (of the [hints] those with ^ learn)")
 
 def run_folder(cfg):
-    """The folder of a new run, or with --resume that of one with the same settings; unchanged ->
-    it, its newest checkpoint and whether it has an SFT's model"""
+    """The folder of a new run, or with --resume that of one with the same settings, unchanged, and
+    its newest checkpoint"""
     out = Path(cfg.out_dir or f"runs/{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
-    checkpoint, past_sft = checkpoints(out)[-1], (out / "sft").exists()
+    checkpoint = checkpoints(out)[-1]
     if not cfg.resume and any(out.glob("[!.]*")):
         raise UsageError(f"{out} is not empty: --resume continues a run there")
     if cfg.resume:
-        if checkpoint[0] is None and (past_sft or (out / "final").exists()):
+        if checkpoint[0] is None and ((out / "sft").exists() or (out / "final").exists()):
             raise UsageError(f"--resume: {out} has no checkpoint any more")
         with file_errors(out / "config.json"):
             before = json.loads((out / "config.json").read_text())
             for name, value in asdict(cfg).items():
                 if before[name] != value and name not in FREE_TO_CHANGE:
                     raise UsageError(f"--resume: {out} was started with --{name} {before[name]}")
-    found = [out, checkpoint, past_sft]
+    found = [out, checkpoint]
     dist.broadcast_object_list(found)  # clocks and views of a file system may differ
     return found
 
-def open_run(cfg, out):
+def open_run(cfg, out, checkpoint):
     """Begin to write, now that all is loaded. Metrics after the checkpoint are dropped, for these
     steps are taken again."""
     barrier()  # every process has looked at the folder
@@ -1353,9 +1353,9 @@ def open_run(cfg, out):
         write_file(out / "config.json", json.dumps(asdict(cfg), indent=2))
         for left in out.glob("unfinished-*"):
             shutil.rmtree(left, ignore_errors=True)
-        *_, checkpoint = checkpoints(out)[-1]
-        with file_errors(checkpoint):
-            metrics = (checkpoint / "metrics.jsonl").read_text() if checkpoint else ""
+        *_, folder = checkpoint
+        with file_errors(folder):
+            metrics = (folder / "metrics.jsonl").read_text() if folder else ""
         write_file(out / "metrics.jsonl", metrics)
         if cfg.wandb:
             with file_errors("--wandb"):
@@ -1382,9 +1382,9 @@ def load_data(cfg):
     return problems[cfg.eval_size:], problems[: cfg.eval_size], examples
 
 def train(cfg, device):
-    began, (out, checkpoint, past_sft) = time.time(), run_folder(cfg)
+    began, (out, checkpoint) = time.time(), run_folder(cfg)
     rl_rows, held_out, sft_rows = load_data(cfg)
-    past_sft |= bool(sft_rows) and checkpoint[0] == "rl"
+    past_sft = checkpoint[0] == "rl" and sft_rows
     model, tokenizer = load_policy(cfg, device, out / "sft" if past_sft else None)
     problems = fitting(model, tokenizer, rl_rows, cfg.gen_length, cfg)
     held_out = fitting(model, tokenizer, held_out, cfg.gen_length, cfg)
@@ -1393,7 +1393,7 @@ def train(cfg, device):
     if sft_rows and not examples:
         raise UsageError(f"{cfg.sft_data}: all completions exceed --sft_length {cfg.sft_length}")
 
-    open_run(cfg, out)
+    open_run(cfg, out, checkpoint)
     print0(f"{cfg.model}: {model.num_parameters() / 1e6:.2f}M parameters, run folder {out}\n"
            f"{len(examples)} of {len(sft_rows)} SFT examples and {len(problems)} of {len(rl_rows)} "
            "RL problems are short enough, "
@@ -1404,7 +1404,6 @@ def train(cfg, device):
         train_sft(model, examples, checkpoint, cfg, out)
         with complete(out / "sft") as folder:
             save_model(model, tokenizer, folder)
-    if examples and checkpoint[0] != "rl":
         evaluate("accuracy_sft", model, tokenizer, held_out, cfg, out)
     if problems:
         train_rl(model, tokenizer, problems, held_out, checkpoint, cfg, out)
