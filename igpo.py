@@ -861,8 +861,7 @@ def append_line(path, record):
         file.write(json.dumps(record) + "\n")
 
 def read_lines(path):
-    """The objects of a .jsonl file. A last line that a kill left half-written is cut off, in the
-    file too, so that the next one does not stick to it."""
+    """The objects of a .jsonl file. What a kill left half-written is cut off, in the file too."""
     with file_errors(path):
         text = path.read_bytes() if path.exists() else b""
         complete = text[: text.rfind(b"\n") + 1]
@@ -978,8 +977,7 @@ def checkpoints(out):
     return [(None, 0, None), *sorted(found, key=lambda found: (found[0] == "rl", found[1]))]
 
 def resume_step(checkpoint, stage, steps, model, optimizer):
-    """Fill model and optimizer from the checkpoint, if it is of this stage; any number of processes
-    may have written it -> the step to go on from"""
+    """Fill model and optimizer from a checkpoint of this stage -> the step to go on from"""
     at, step, folder = checkpoint
     if at != stage:
         return 0
@@ -1326,8 +1324,7 @@ def show_group(tokenizer, roll, learning):
             f"  inpainted  {text!r}   (of the [hints] those with ^ learn)")
 
 def run_folder(cfg):
-    """The folder of a new run, or with --resume that of one with the same settings, unchanged, and
-    its newest checkpoint"""
+    """The folder of a new run, or of one to resume with the same settings; its newest checkpoint"""
     out = Path(cfg.out_dir or f"runs/{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     checkpoint = checkpoints(out)[-1]
     if not cfg.resume and any(out.glob("[!.]*")):
@@ -1345,8 +1342,7 @@ def run_folder(cfg):
     return found
 
 def open_run(cfg, out, checkpoint):
-    """Begin to write, now that all is loaded. Metrics after the checkpoint are dropped, for these
-    steps are taken again."""
+    """Begin to write. Metrics after the checkpoint are dropped: these steps are taken again."""
     barrier()  # every process has looked at the folder
     if rank() == 0:
         lock(out)
