@@ -1065,8 +1065,6 @@ PRESETS = {"llada": {}, "toy": dict(
     warmup_steps=20, sft_steps=500, sft_batch=128, sft_length=20, sft_rows_per_forward=128,
     sft_lr=3e-3, eval_size=512)}
 
-FREE_TO_CHANGE = {"out_dir", "resume", "save_every", "sft_save_every", "wandb"}
-
 def parse(config_class, argv=None, presets=None):
     """A preset's defaults, overridden by flags, all within their bounds."""
     def error(message):
@@ -1201,7 +1199,7 @@ def roll_out(policy, tokenizer, batch, generators, cfg):
     """Stage 1 of an RL step -> prompts (N, P), prompt_mask (N, P), Rollout"""
     config = policy.config
     prompts, mask = prompt_batch(policy, [p.question for p in batch])
-    traces = [p.trace or None for p in batch]
+    answers, traces = [p.answer for p in batch], [p.trace or None for p in batch]
 
     def draw(*inputs):
         return sample_groups(policy, *inputs, group_size=cfg.group_size, stop_early=True,
@@ -1211,12 +1209,11 @@ def roll_out(policy, tokenizer, batch, generators, cfg):
     def is_correct(completion, answer):
         return grade(decode(tokenizer, completion, config.eos_token_id), answer)
 
-    policy.eval()
-    with gathered(policy):
+    with gathered(policy.eval()):
         return prompts, mask, rollout(
-            draw, is_correct, prompts, mask, [p.answer for p in batch], traces, generators,
-            mask_id=config.mask_token_id, algo=cfg.algo, lam=cfg.lam, room=cfg.room,
-            eta=(cfg.eta_low, cfg.eta_high), min_chunk=cfg.min_chunk, max_chunk=cfg.max_chunk)
+            draw, is_correct, prompts, mask, answers, traces, generators, room=cfg.room,
+            mask_id=config.mask_token_id, algo=cfg.algo, lam=cfg.lam, min_chunk=cfg.min_chunk,
+            max_chunk=cfg.max_chunk, eta=(cfg.eta_low, cfg.eta_high))
 
 def total_rewards(tokenizer, completions, correct, cfg, end_ids):
     """(N, G, L) completions and (N, G) bool -> (N, G) rewards"""
@@ -1231,7 +1228,7 @@ def group_logps(model, prompts, prompt_mask, completions, per_forward):
 
 def train_rl(policy, tokenizer, problems, held_out, checkpoint, cfg, out):
     """Sections 5 to 7 as a loop."""
-    device, end_ids = policy.device, policy.config.eos_token_id
+    end_ids = policy.config.eos_token_id
     steps = cfg.max_steps or max(cfg.epochs * len(problems) // cfg.prompts_per_step, 1)
     print0(f"RL: {steps} steps of {cfg.prompts_per_step} prompts")
     initial = [parameter.detach().clone() for parameter in trained(policy)] if cfg.beta else []
@@ -1246,7 +1243,7 @@ def train_rl(policy, tokenizer, problems, held_out, checkpoint, cfg, out):
 
         # 2. Score: advantages, log-probabilities before the first update, and what learns.
         rewards = total_rewards(tokenizer, roll.completions, roll.correct, cfg, end_ids)
-        advantages = group_advantages(rewards).to(device)
+        advantages = group_advantages(rewards).to(policy.device)
         inputs = prompts, mask, roll.completions, cfg.prompts_per_forward
         old_logps, entropy = group_logps(policy, *inputs)
         swap(trained(policy), initial)  # now it is the initial policy, to which the KL is
@@ -1332,10 +1329,11 @@ def run_folder(cfg):
     if cfg.resume:
         if checkpoint[0] is None and ((out / "sft").exists() or (out / "final").exists()):
             raise UsageError(f"--resume: {out} has no checkpoint any more")
+        free = "out_dir", "resume", "save_every", "sft_save_every", "wandb"
         with file_errors(out / "config.json"):
             before = json.loads((out / "config.json").read_text())
             for name, value in asdict(cfg).items():
-                if before[name] != value and name not in FREE_TO_CHANGE:
+                if before[name] != value and name not in free:
                     raise UsageError(f"--resume: {out} was started with --{name} {before[name]}")
     found = [out, checkpoint]
     dist.broadcast_object_list(found)  # clocks and views of a file system may differ
@@ -1391,9 +1389,8 @@ def train(cfg, device):
 
     open_run(cfg, out, checkpoint)
     print0(f"{cfg.model}: {model.num_parameters() / 1e6:.2f}M parameters, run folder {out}\n"
-           f"{len(examples)} of {len(sft_rows)} SFT examples and {len(problems)} of {len(rl_rows)} "
-           "RL problems are short enough, "
-           f"{sum(not p.trace for p in problems)} have no trace to make hints of")
+           f"short enough: {len(examples)} of {len(sft_rows)} SFT examples, {len(problems)} of "
+           f"{len(rl_rows)} RL problems, {sum(not p.trace for p in problems)} of them without hints")
     if checkpoint[0] is None:
         evaluate("accuracy_start", model, tokenizer, held_out, cfg, out)
     if examples and not past_sft:
