@@ -775,29 +775,26 @@ def toy_digit(letter, rng):
     anything = letter in HARD and rng.random() < 0.5
     return (CODE[letter] + (rng.randrange(1, 10) if anything else 1)) % 10
 
-def toy_problem(word, digits):
+def spelled(word, digits):
     digits = "".join(map(str, digits))
     trace = "<reasoning>\n" + "".join("." + digit for digit in digits)
     return Problem("".join(word) + "=", digits[::-1], trace)
 
-def toy_problems(count, seed):
-    """RL problems: an easy letter with three easy, medium or hard ones, and a right trace."""
-    rng, problems = random.Random(f"rl {seed}"), []
-    for _ in range(count):
-        kind = rng.choices([EASY, MEDIUM, HARD], weights=[30, 35, 35])[0]
-        word = rng.choices(kind, k=3) + rng.choices(EASY)
-        rng.shuffle(word)
-        problems.append(toy_problem(word, [CODE[letter] for letter in word]))
-    return problems
+def toy_problem(rng):
+    """Of RL: an easy letter with three easy, medium or hard ones, and a right trace."""
+    kind = rng.choices([EASY, MEDIUM, HARD], weights=[30, 35, 35])[0]
+    word = rng.choices(kind, k=3) + rng.choices(EASY)
+    rng.shuffle(word)
+    return spelled(word, [CODE[letter] for letter in word])
 
-def toy_examples(count, seed):
-    rng, examples = random.Random(f"sft {seed}"), []
-    for _ in range(count):
-        word = rng.choices(EASY + MEDIUM + HARD, k=4)
-        question, answer, trace = toy_problem(word, [toy_digit(letter, rng) for letter in word])
-        trace += f"</reasoning><answer>\n\\boxed{{{answer}}}</answer>"
-        examples.append(Problem(question, answer, trace))
-    return examples
+def toy_example(rng):
+    word = rng.choices(EASY + MEDIUM + HARD, k=4)
+    question, answer, trace = spelled(word, [toy_digit(letter, rng) for letter in word])
+    return Problem(question, answer, f"{trace}</reasoning><answer>\n\\boxed{{{answer}}}</answer>")
+
+def toy_data(draw, count, seed):
+    rng = random.Random(seed)
+    return [draw(rng) for _ in range(count)]
 
 def toy_model(seed):
     """A small random bidirectional Llama and its tokenizer of letters and tags."""
@@ -1361,15 +1358,15 @@ def load_data(cfg):
     """-> RL problems, held-out problems and SFT examples, as far as the stage needs them"""
     problems, examples = [], []
     if cfg.stage != "sft" and cfg.train_data == "toy":
-        problems = toy_problems(cfg.eval_size, f"held out {cfg.seed}")
-        problems += toy_problems(4000, cfg.seed)
+        problems = toy_data(toy_problem, cfg.eval_size, f"rl held out {cfg.seed}")
+        problems += toy_data(toy_problem, 4000, f"rl {cfg.seed}")
     elif cfg.stage != "sft":
         problems = metamath_problems(cfg.train_data)
         if len(problems) <= cfg.eval_size:
             raise UsageError(f"{cfg.train_data}: no more than --eval_size {cfg.eval_size} rows of "
                              "type GSM_AnsAug or MATH_AnsAug state an answer")
     if cfg.stage != "rl" and cfg.sft_data == "toy":
-        examples = toy_examples(8000, cfg.seed)
+        examples = toy_data(toy_example, 8000, f"sft {cfg.seed}")
     elif cfg.stage != "rl" and cfg.sft_data:
         rows = read_rows(cfg.sft_data, ["prompt", "completion"])
         examples = [Problem(row["prompt"], None, row["completion"]) for row in rows]
@@ -1390,7 +1387,7 @@ def train(cfg, device):
     open_run(cfg, out, checkpoint)
     print0(f"{cfg.model}: {model.num_parameters() / 1e6:.2f}M parameters, run folder {out}\n"
            f"short enough: {len(examples)} of {len(sft_rows)} SFT examples, {len(problems)} of "
-           f"{len(rl_rows)} RL problems, {sum(not p.trace for p in problems)} of them without hints")
+           f"{len(rl_rows)} RL problems, {sum(not p.trace for p in problems)} of these unhinted")
     if checkpoint[0] is None:
         evaluate("accuracy_start", model, tokenizer, held_out, cfg, out)
     if examples and not past_sft:

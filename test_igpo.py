@@ -263,7 +263,7 @@ def test_chunks_have_any_length_within_bounds():
 def test_no_trace_holds_its_answer(solution, answer, question):
     trace = solution.split("|")[0] or None
     assert igpo.cut_trace(solution.replace("|", ""), answer, question) == trace
-    assert all(p.answer not in p.trace for p in igpo.toy_problems(300, 0))
+    assert all(p.answer not in p.trace for p in igpo.toy_data(igpo.toy_problem, 300, 0))
 
 # ------------------------------------------------
 # 4. Rewards. A row for each rule: reference | a right answer, or reference ≠ a wrong one
@@ -751,9 +751,10 @@ def test_the_chat_template_asks_for_the_form():
     assert {"<reasoning>\n", "<answer>\n", "</answer>", "\\boxed{"} <= set(words)
 
 def test_the_toy_world():
-    tokenizer, problems = tiny_tokenizer(), igpo.toy_problems(200, 1)
-    assert problems == igpo.toy_problems(200, 1) != igpo.toy_problems(200, 2)
-    for question, _, trace in igpo.toy_examples(200, 1):
+    tokenizer, problems = tiny_tokenizer(), igpo.toy_data(igpo.toy_problem, 200, 1)
+    assert problems == igpo.toy_data(igpo.toy_problem, 200, 1)
+    assert problems != igpo.toy_data(igpo.toy_problem, 200, 2)
+    for question, _, trace in igpo.toy_data(igpo.toy_example, 200, 1):
         ids = tokenizer(question + trace).input_ids
         assert tokenizer.decode(ids) == question + trace and len(ids) <= 5 + 19
 
