@@ -1136,6 +1136,8 @@ def record(out, stage, step, metrics):
         append_line(out / "metrics.jsonl", {"stage": stage, "step": step} | metrics)
         if getattr(sys.modules.get("wandb"), "run", None):
             sys.modules["wandb"].log(metrics)
+    if metrics.get("skipped", 0) > 0.999:
+        raise UsageError("no gradient of this step was finite; lower the learning rate")
 
 def adamw(model):
     return torch.optim.AdamW(trained(model), betas=(0.9, 0.99), weight_decay=0.1)
@@ -1145,13 +1147,13 @@ def schedule(update, updates, warmup):
     return min((update + 1) / (warmup + 1), (updates - update) / max(updates - warmup, 1), 1.0)
 
 def optimizer_step(model, optimizer, lr, max_grad_norm):
-    """An update by the gradients at hand -> their norm. If that is not finite, nothing changes."""
+    """An update by the gradients at hand -> metrics. If they are not finite, nothing changes."""
     norm = torch.nn.utils.clip_grad_norm_(trained(model), max_grad_norm).full_tensor().item()
     optimizer.param_groups[0]["lr"] = lr
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
-    return norm
+    return {"grad_norm": norm, "skipped": not math.isfinite(norm), "lr": lr}
 
 def add(total, metrics, share):
     for name, value in metrics.items():
@@ -1183,10 +1185,8 @@ def train_sft(model, examples, checkpoint, cfg, out):
             (loss * len(part) / len(mine)).backward()
             add(metrics, values | {"loss": loss.item()}, len(part) / len(mine))
         lr = cfg.sft_lr * schedule(step, steps, cfg.warmup_steps)
-        norm = optimizer_step(model, optimizer, lr, max_grad_norm=1.0)
-        if not math.isfinite(norm):
-            raise UsageError(f"SFT step {step + 1}: the gradient is not finite; lower --sft_lr")
-        metrics = mean_across_ranks(metrics) | {"grad_norm": norm, "lr": lr}
+        metrics |= optimizer_step(model, optimizer, lr, max_grad_norm=1.0)
+        metrics = mean_across_ranks(metrics)
         record(out, "sft", step + 1, metrics | {"seconds": time.time() - began})
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
         if step + 1 == steps or (step + 1) % (cfg.sft_save_every or steps) == 0:
@@ -1264,9 +1264,7 @@ def train_rl(policy, tokenizer, problems, held_out, checkpoint, cfg, out):
                 (loss * share).backward()
                 add(metrics, values | {"loss": loss.item()}, share / cfg.mu)
             lr = cfg.lr * schedule(step * cfg.mu + inner, steps * cfg.mu, cfg.warmup_steps)
-            norm = optimizer_step(policy, optimizer, lr, cfg.max_grad_norm)
-            skipped = not math.isfinite(norm)
-            add(metrics, {"grad_norm": norm, "skipped": skipped, "lr": lr}, 1 / cfg.mu)
+            add(metrics, optimizer_step(policy, optimizer, lr, cfg.max_grad_norm), 1 / cfg.mu)
 
         # 4. Report.
         metrics |= rollout_metrics(roll, entropy, learning, policy.config)
@@ -1305,8 +1303,6 @@ def report(out, step, steps, metrics, cfg):
            "-> {all_wrong_after:.2f}  kl {kl:.4f}  length {completion_length:.0f}  {seconds:.1f} s"
            .format(step, steps, **metrics))
     record(out, "rl", step, metrics)
-    if metrics["skipped"] > 0.999:
-        raise UsageError("no gradient of this step was finite; lower the learning rate")
 
 def show_group(tokenizer, roll, learning):
     """A rescued response as text: what was wrong, and what was inpainted around which [hints]."""
