@@ -973,18 +973,19 @@ def checkpoints(out):
     found = [(name[1], int(name[2]), out / name[0]) for name in names if name]
     return [(None, 0, None), *sorted(found, key=lambda found: (found[0] == "rl", found[1]))]
 
-def resume_step(checkpoint, stage, steps, model, optimizer):
-    """Fill model and optimizer from a checkpoint of this stage -> the step to go on from"""
+def begin(model, stage, steps, checkpoint):
+    """-> AdamW and the step to begin at: both, and the model, from a checkpoint of this stage"""
+    optimizer = torch.optim.AdamW(trained(model), betas=(0.9, 0.99), weight_decay=0.1)
     at, step, folder = checkpoint
     if at != stage:
-        return 0
+        return optimizer, 0
     with file_errors(folder):
         if step > steps:
             raise UsageError(f"{folder} is beyond the {steps} steps of this run")
         found = trained_state(model, optimizer)
         dcp.load(found, checkpoint_id=folder)
         set_state_dict(model, optimizer, **found, options=TRAINED)
-    return step
+    return optimizer, step
 
 # ------------------------------------------------
 # 11. The recipe.
@@ -1139,9 +1140,6 @@ def record(out, stage, step, metrics):
     if metrics.get("skipped", 0) > 0.999:
         raise UsageError("no gradient of this step was finite; lower the learning rate")
 
-def adamw(model):
-    return torch.optim.AdamW(trained(model), betas=(0.9, 0.99), weight_decay=0.1)
-
 def schedule(update, updates, warmup):
     """Share of the learning rate at an update: linear warm-up, then linear to zero."""
     return min((update + 1) / (warmup + 1), (updates - update) / max(updates - warmup, 1), 1.0)
@@ -1161,11 +1159,11 @@ def add(total, metrics, share):
 
 def train_sft(model, examples, checkpoint, cfg, out):
     """Section 8 as a loop."""
-    device, steps, optimizer = model.device, cfg.sft_steps, adamw(model)
+    device, steps = model.device, cfg.sft_steps
     tail = model.config.eos_token_id[:1] + [model.config.pad_token_id] * cfg.sft_length
-    start = resume_step(checkpoint, "sft", steps, model, optimizer)
+    optimizer, first = begin(model, "sft", steps, checkpoint)
     model.train()
-    bar = tqdm(range(start, steps), "SFT", steps, initial=start, disable=rank() > 0, mininterval=1)
+    bar = tqdm(range(first, steps), "SFT", steps, initial=first, mininterval=1, disable=rank() > 0)
     for step in bar:
         began, metrics = time.time(), defaultdict(float)
         torch.manual_seed(seeded(cfg.seed, "dropout", step, rank()).initial_seed())
@@ -1229,8 +1227,8 @@ def train_rl(policy, tokenizer, problems, held_out, checkpoint, cfg, out):
     steps = cfg.max_steps or max(cfg.epochs * len(problems) // cfg.prompts_per_step, 1)
     print0(f"RL: {steps} steps of {cfg.prompts_per_step} prompts")
     initial = [parameter.detach().clone() for parameter in trained(policy)] if cfg.beta else []
-    optimizer = adamw(policy)
-    for step in range(resume_step(checkpoint, "rl", steps, policy, optimizer), steps):
+    optimizer, first = begin(policy, "rl", steps, checkpoint)
+    for step in range(first, steps):
         # 1. Roll out: G responses a prompt, and inpainted ones where all of them are wrong.
         began, metrics = time.time(), defaultdict(float)
         batch = batch_indices(len(problems), cfg.prompts_per_step, step, cfg.seed)[rank():: world()]

@@ -818,7 +818,8 @@ def test_updates_that_are_not_finite_change_nothing_and_end_the_run(world, tmp_p
     igpo.shard(model, torch.device("cpu"))
     before = [p.detach().clone() for p in model.parameters()]
     (model(random_prompts(1, 3)).logits.mean() * math.nan).backward()
-    found = igpo.optimizer_step(model, igpo.adamw(model), 1.0, 1.0)
+    optimizer, _ = igpo.begin(model, "rl", 1, (None, 0, None))
+    found = igpo.optimizer_step(model, optimizer, 1.0, 1.0)
     assert math.isnan(found["grad_norm"]) and found["skipped"]
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     assert all(p.grad is None for p in model.parameters())
@@ -1104,7 +1105,8 @@ def test_memory_of_an_rl_step_on_eight_gpus(monkeypatch, P=200, L=256, N=8, rows
         policy.to_empty(device="cpu")
         policy.model.rotary_emb = type(policy.model.rotary_emb)(policy.config)
         policy.gradient_checkpointing_enable({"use_reentrant": False})
-        optimizer, ids = igpo.adamw(policy), torch.zeros(N, P, dtype=torch.long)
+        optimizer, _ = igpo.begin(policy, "rl", 1, (None, 0, None))
+        ids = torch.zeros(N, P, dtype=torch.long)
         initial = [parameter.detach().clone() for parameter in igpo.trained(policy)]
         completions = torch.zeros(N, 8, L, dtype=torch.long)
         for _ in range(2):  # in the second step Adam's moments are there
