@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import fsdp
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
 
 import eval as evaluation
@@ -1055,46 +1055,20 @@ def test_after_a_kill_of_torchrun_its_processes_end_and_the_run_goes_on(world, t
 
 # Memory on 8 GPUs, by running the real functions on fake tensors of LLaDA-8B's shape
 
-class LiveStorage(TorchDispatchMode):
-    """The peak of the bytes of all storages that are alive."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes, self.peak = {}, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            tensor = getattr(tensor, "_local_tensor", tensor)  # a DTensor's shard
-            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
-                self.see(tensor)
-        return out
-
-    def see(self, tensor, freed=False):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.sizes:
-            weakref.finalize(storage, self.sizes.pop, storage._cdata)
-        self.sizes[storage._cdata] = 0 if freed else storage.nbytes()
-        self.peak = max(self.peak, sum(self.sizes.values()))
-
-    def peak_since(self):
-        """The peak since the last call, GiB."""
-        peak, self.peak = self.peak / 2**30, 0
-        return peak
-
 @pytest.mark.filterwarnings("ignore")
 def test_memory_of_an_rl_step_on_eight_gpus(monkeypatch, P=200, L=256, N=8, rows_per_call=64):
     torch.distributed.destroy_process_group()
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     mesh, peaks = init_device_mesh("cpu", (8,)), {}
     bf16 = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    parameters = sys.modules["torch.distributed.fsdp._fully_shard._fsdp_param"]
-    with FakeTensorMode(allow_non_fake_inputs=True), LiveStorage() as live:
-        for name in "free_storage", "alloc_storage":  # FSDP resizes storages, which is no operation
-            def resize(tensor, name=name, original=getattr(parameters, name)):
-                original(tensor)
-                live.see(tensor, freed=name == "free_storage")
-            monkeypatch.setattr(parameters, name, resize)
+
+    def peak(phase):
+        """Since the last call."""
+        peaks[phase] = live._peak_mem.pop(torch.device("cpu")) / 2**30
+
+    for hook in "_pre_fw_hook", "_post_fw_hook", "_pre_bw_hook", "_post_bw_hook":
+        monkeypatch.setattr(MemTracker, hook, lambda *_: None)  # of modules we ask nothing
+    with FakeTensorMode(allow_non_fake_inputs=True), MemTracker() as live:
         monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 1.0)  # there are no values
         with torch.device("meta"):
             policy = LlamaForCausalLM(LlamaConfig(
@@ -1115,18 +1089,18 @@ def test_memory_of_an_rl_step_on_eight_gpus(monkeypatch, P=200, L=256, N=8, rows
                 logits = igpo.logits_at(policy, canvas, None, torch.arange(P, P + 32)).flatten(0, 1)
                 igpo.choose_tokens(logits, 126336, 1.2, torch.zeros(len(logits)))
                 del logits
-            peaks["roll-out"] = live.peak_since()
+            peak("roll-out")
             for _ in range(2):  # the policy, and the initial one that takes its place
                 with torch.no_grad():
                     old, _ = igpo.completion_logps(policy, ids, completions)
                 igpo.swap(igpo.trained(policy), initial)
-            peaks["scoring"] = live.peak_since()
+            peak("scoring")
             logps, _ = igpo.completion_logps(policy.train(), ids, completions)
             loss, _ = igpo.policy_loss(logps, old, old, torch.zeros(N, 8), completions == 0)
             loss.backward()
             del logps, loss
             igpo.optimizer_step(policy, optimizer, 1e-6, 1.0)
-            peaks["update"] = live.peak_since()
+            peak("update")
     torch.distributed.destroy_process_group()
     print("GiB a GPU:", peaks)
     assert 13 < min(peaks.values()) < max(peaks.values()) < 40  # 13: weights and moments
