@@ -181,12 +181,10 @@ def save_model(model, tokenizer, folder):
         (folder / name).write_text(text)
 
 def logits_at(model, canvas, attention, positions, layers=None):
-    """Logits that predict the tokens at consecutive `positions` (K,) of each row: -> (B, K, V); the
-    head runs there alone. canvas (B, T) ids. attention: None, or 0 where the first columns, (B, P)
-    or all, are padding. layers: a block_cache."""
-    if attention is not None:  # without padding the fast path
-        whole = F.pad(attention.bool(), (0, canvas.shape[1] - attention.shape[1]), value=True)
-        attention = None if attention.all() else whole
+    """Logits (B, K, V) that predict the tokens at consecutive `positions` (K,) of canvas (B, T);
+    the head runs there alone. attention: None or (B, up to T), 0 at padding. layers: block_cache."""
+    if attention is not None:
+        attention = F.pad(attention.bool(), (0, canvas.shape[1] - attention.shape[1]), value=True)
     positions = positions - getattr(model.config, "logit_shift", 0)
     columns = torch.arange(canvas.shape[1], device=canvas.device)
     if layers is not None and layers.is_initialized:
@@ -334,20 +332,19 @@ def make_hint(trace_ids, ratio, *, gen_length, mask_id, min_chunk=5, max_chunk=1
         hint[chunks[i]] = trace[chunks[i]]
     return hint
 
-NUMBER = re.compile(r"(?<![\d.])\d[\d,]*(?:\.\d+)?")
-
 def cut_trace(solution, answer, question=""):
     """The part of a reference solution before it gives its answer away, or None: a hint with the
     answer invites copying. A number is the answer wherever it has its value (270.00 is 270). What
     the question contains is no secret: then the answer's last place counts, else its first."""
     body = re.split(r"The answer is|####", solution)[0]
     answer = answer.strip().strip("$").lstrip("-")
-    pattern, value = re.compile(rf"(?<![\\\w]){re.escape(answer)}(?!\w)"), str
-    if NUMBER.fullmatch(answer):
-        pattern, value = NUMBER, lambda text: Fraction(text.replace(",", ""))
+    pattern, value = rf"(?<![\\\w]){re.escape(answer)}(?!\w)", str
+    number = r"(?<![\d.])\d[\d,]*(?:\.\d+)?"
+    if re.fullmatch(number, answer):
+        pattern, value = number, lambda text: Fraction(text.replace(",", ""))
 
     def places(text):
-        return [match.start() for match in pattern.finditer(text)
+        return [match.start() for match in re.finditer(pattern, text)
                 if answer and value(match[0]) == value(answer)]
 
     found = places(body)
@@ -366,7 +363,7 @@ def cut_trace(solution, answer, question=""):
 LONGEST_ANSWER = 300  # characters; regexes and sympy are slow on length
 GRADE_TIMEOUTS = 0    # answers that ran out of time so far, in this process
 # 43,500 and 385 000 are numbers, (100,200) and \{100,200\} are not; nor is 2 5 a product.
-REWRITES = [(re.compile(pattern), new) for pattern, new in [
+REWRITES = [
     (r"[−–]", "-"), (r"√", r"\\sqrt "), (r"π", r"\\pi "), (r"×", r"\\times "),
     (r"\\(?:text|mbox|math|operatorname)(?:rm|bf|it|sf|tt|normal)?\s*(?=\{)", r"\\text"),
     (r"\\text\{([^{}]*\d[^{}]*)\}", r"\1"), (r"^\W*(?:text\W*)?\(([A-E])\).*", r"\1"),  # choice C
@@ -378,7 +375,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"), (r"^ ?10\^\{?([-+]?\d+)\}? ?$", r"1e\1"),
     (r"(?<=\d) ?(?:\\times|\\cdot|\*) ?10\^\{?([-+]?\d+)\}?", r"e\1"),
     (r"(?<![\d.(\[])(?<!\\\{)\d{1,3}(?:[, ]\d{3})+(?!\d)", lambda m: re.sub(r"\D", "", m[0])),
-    (r"(?<![_^])(?<!\\frac)(?<!\\frac )(\d)(?: ?\{| )(?=\d)", r"\1,")]]
+    (r"(?<![_^])(?<!\\frac)(?<!\\frac )(\d)(?: ?\{| )(?=\d)", r"\1,")]
 # Units and other words: \text{...}, three letters that are no function, short units; with exponent.
 WORDS = re.compile(r"""(?:(?:\\text\{[^{}]*\}
     | (?<![\\a-zA-Z]) (?!(?:[pbvB]?matrix|array|cases|[a-cx-z]+)\b)[a-zA-Z]{3,}
@@ -427,7 +424,7 @@ def grade(completion, reference):
 def simplified(text):
     """Text less what carries no mathematics: layout, currency, units. If only words, the words."""
     for pattern, new in REWRITES:
-        text = pattern.sub(new, text)
+        text = re.sub(pattern, new, text)
     bare = re.sub(r"(?: ?(?:,|\{[ ,]*\}) ?)+", ", ", WORDS.sub(",", text))
     bare = bare.lstrip(" ,:*").rstrip(" ,:*.")
     if WORDS.search(text) and not re.search(r"[\d\\]", bare):
