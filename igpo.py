@@ -182,7 +182,7 @@ def save_model(model, tokenizer, folder):
 
 def logits_at(model, canvas, attention, positions, layers=None):
     """Logits (B, K, V) that predict the tokens at consecutive `positions` (K,) of canvas (B, T);
-    the head runs there alone. attention: None or (B, up to T), 0 at padding. layers: block_cache."""
+    the head runs there alone. attention: None or (B, up to T), 0 at padding. layers: a cache."""
     if attention is not None:
         attention = F.pad(attention.bool(), (0, canvas.shape[1] - attention.shape[1]), value=True)
     positions = positions - getattr(model.config, "logit_shift", 0)
@@ -1378,7 +1378,7 @@ def train(cfg, device):
     open_run(cfg, out, checkpoint)
     print0(f"{cfg.model}: {model.num_parameters() / 1e6:.2f}M parameters, run folder {out}\n"
            f"short enough: {len(examples)} of {len(sft_rows)} SFT examples, {len(problems)} of "
-           f"{len(rl_rows)} RL problems, {sum(not p.trace for p in problems)} of these unhinted")
+           f"{len(rl_rows)} RL problems ({sum(not p.trace for p in problems)} without a hint)")
     if checkpoint[0] is None:
         evaluate("accuracy_start", model, tokenizer, held_out, cfg, out)
     if examples and not past_sft:
