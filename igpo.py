@@ -364,7 +364,7 @@ LONGEST_ANSWER = 300  # characters; regexes and sympy are slow on length
 GRADE_TIMEOUTS = 0    # answers that ran out of time so far, in this process
 # 43,500 and 385 000 are numbers, (100,200) and \{100,200\} are not; nor is 2 5 a product.
 REWRITES = [
-    (r"[−–]", "-"), (r"√", r"\\sqrt "), (r"π", r"\\pi "), (r"×", r"\\times "),
+    (r"[−–]", "-"), (r"√", r"\\sqrt "),
     (r"\\(?:text|mbox|math|operatorname)(?:rm|bf|it|sf|tt|normal)?\s*(?=\{)", r"\\text"),
     (r"\\text\{([^{}]*\d[^{}]*)\}", r"\1"), (r"^\W*(?:text\W*)?\(([A-E])\).*", r"\1"),  # choice C
     (r"\\boxed(?:\s*\{\s*\})?|\\degree|\\(?:left|right|[bB]igg?[lr]?)(?![a-z])", ""),
@@ -373,7 +373,7 @@ REWRITES = [
     (r"(\d) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
     (r"(?<![\\a-zA-Z])(pi|sqrt|sin|cos|tan|cot|log|ln|exp)(?![a-zA-Z])", r"\\\1"),
     (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"), (r"^ ?10\^\{?([-+]?\d+)\}? ?$", r"1e\1"),
-    (r"(?<=\d) ?(?:\\times|\\cdot|\*) ?10\^\{?([-+]?\d+)\}?", r"e\1"),
+    (r"(?<=\d) ?(?:\\times|×|\\cdot|\*) ?10\^\{?([-+]?\d+)\}?", r"e\1"),
     (r"(?<![\d.(\[])(?<!\\\{)\d{1,3}(?:[, ]\d{3})+(?!\d)", lambda m: re.sub(r"\D", "", m[0])),
     (r"(?<![_^])(?<!\\frac)(?<!\\frac )(\d)(?: ?\{| )(?=\d)", r"\1,")]
 # Units and other words: \text{...}, three letters that are no function, short units; with exponent.
