@@ -15,6 +15,7 @@ V vocabulary; B = N * G rows have the G of a prompt side by side. Config explain
 
 import ctypes
 import fcntl
+import glob
 import json
 import logging
 import math
@@ -658,8 +659,9 @@ def read_rows(source, columns=(), *, split="train", subset=None):
     import datasets  # slow to import, and needed here alone
     datasets.disable_progress_bars()
     kind, data = Path(source).suffix[1:], dict(path=str(source), name=subset)
-    if kind in ("jsonl", "json", "csv", "parquet"):
-        data = dict(path="json" if kind == "jsonl" else kind, data_files={split: str(source)})
+    if kind in ("jsonl", "json", "csv", "parquet"):  # streamed: a cached copy might be an older one
+        data = dict(path="json" if kind == "jsonl" else kind, streaming=True,
+                    data_files={split: glob.escape(str(source))})
     with file_errors(source):
         rows = list(datasets.load_dataset(**data, split=split))
     if not rows:
@@ -961,8 +963,9 @@ def save_checkpoint(out, stage, step, model, optimizer):
         dcp.save(trained_state(model, optimizer), checkpoint_id=folder)
         if rank() == 0:
             shutil.copy(out / "metrics.jsonl", folder)
-    for *_, older in checkpoints(out)[1:-1] if rank() == 0 else []:
-        shutil.rmtree(older, ignore_errors=True)
+    if rank() == 0:
+        for *_, older in checkpoints(out)[1:-1]:
+            shutil.rmtree(older, ignore_errors=True)
 
 def checkpoints(out):
     """Stage, step and folder of each, first none at all, last the newest."""
@@ -1120,7 +1123,7 @@ def evaluate(name, model, tokenizer, problems, cfg, out, step=0):
     """Greedy accuracy on held-out problems, into the log: a roll-out of one response each."""
     if not problems:
         return
-    mine = problems[rank():: world()] or problems  # with too few for all the share is the same
+    mine = problems[rank():: world()] or problems  # who has none takes all: the same share
     greedy = replace(cfg, group_size=1, temperature=0.0, algo="grpo")
     _, _, roll = roll_out(model, tokenizer, mine, [None] * len(mine), greedy)
     right, of = roll.correct.sum().item(), len(mine)
@@ -1130,6 +1133,7 @@ def evaluate(name, model, tokenizer, problems, cfg, out, step=0):
     print0(f"{name}: {accuracy:.3f} on {len(problems)} held-out problems")
 
 def record(out, stage, step, metrics):
+    """Log a step, and end the run where no gradient was finite."""
     if rank() == 0:
         append_line(out / "metrics.jsonl", {"stage": stage, "step": step} | metrics)
         if getattr(sys.modules.get("wandb"), "run", None):
@@ -1364,7 +1368,8 @@ def load_data(cfg):
     return problems[cfg.eval_size:], problems[: cfg.eval_size], examples
 
 def train(cfg, device):
-    began, (out, checkpoint) = time.time(), run_folder(cfg)
+    began = time.time()
+    out, checkpoint = run_folder(cfg)
     rl_rows, held_out, sft_rows = load_data(cfg)
     past_sft = checkpoint[0] == "rl" and sft_rows
     model, tokenizer = load_policy(cfg, device, out / "sft" if past_sft else None)

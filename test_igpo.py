@@ -695,7 +695,7 @@ def test_metamath_is_filtered_and_its_answers_cut(tmp_path):
             meta("Tell me 2+3", "5\nThe answer is: 5", "GSM_Rephrased"),
             meta("Half?", "It is $\\frac{1}{2}$.\nThe answer is: \\frac{1}{2}", "MATH_AnsAug"),
             meta("Words?", "Five.\n#### 5\nThe answer is: 5"), meta("None?", "It is 5.")]
-    assert igpo.metamath_problems(write_jsonl(tmp_path / "data.jsonl", *rows)) == [
+    assert igpo.metamath_problems(write_jsonl(tmp_path / "[1].jsonl", *rows)) == [
         ("What is 2+3?", "5", "<reasoning>\nIt is\n2+3 ="),
         ("Half?", "\\frac{1}{2}", "<reasoning>\nIt is"),
         ("Words?", "5", None)]
@@ -1192,7 +1192,7 @@ EVAL_WRONG = [  # flags, message, amc.jsonl from then on
     ("--out_dir amc.jsonl", "amc.jsonl: File"), ("--compare out", "no finished run"),
     ("--out_dir model", "model holds no evaluation.*No such file"),
     ("--out_dir .", "no evaluation.*Expecting"),
-    ("", "amc.jsonl: ", ""), ("", "amc.jsonl: .*row", 5),
+    ("", "amc.jsonl holds no rows", ""), ("", "amc.jsonl: .*row", 5),
     ("", "jsonl: .*surrogate", {"problem": "\ud800"}), ("--data amc", "TASK=SOURCE"),
     ("", "row 2: needs", *[{"problem": text, "answer": 1} for text in ("1?", " ")]),
     ("", "row 1: needs", {"problem": ["1?"], "answer": 1}),
