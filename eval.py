@@ -301,7 +301,6 @@ RANDOM = {  # models with random weights; the second is LLaDA-8B, else shaped as
 def time_sampler(model, cfg):
     """Time the sampler's variants, and as many bare forward passes as the exact one makes."""
     (B, P, L), rows, outputs = (cfg.batch_size, cfg.prompt_length, cfg.gen_length), {}, {}
-    torch.manual_seed(cfg.seed)
     prompts = torch.randint(model.config.vocab_size, (B, P), device=model.device)
     igpo.check_length(model, P, L)
     canvas = torch.nn.functional.pad(prompts, (0, L), value=model.config.mask_token_id)
@@ -341,6 +340,7 @@ def main(argv=None):
     device = igpo.setup()
     found = {} if cfg.speed or cfg.ask else load_problems(cfg.tasks, cfg.data, cfg.limit)
     dtype = igpo.compute_dtype(device)
+    torch.manual_seed(cfg.seed)
     if cfg.speed and cfg.model in RANDOM:
         config = LlamaConfig(**RANDOM[cfg.model], is_causal=False, mask_token_id=0)
         with torch.device(device):  # nothing is downloaded or copied
