@@ -817,7 +817,6 @@ def setup():
     logging.disable(logging.ERROR)  # this file says itself what does not fit
     warnings.simplefilter("ignore")
     transformers.utils.logging.disable_progress_bar()
-    torch.set_float32_matmul_precision("high")  # TF32 for LoRA's float32 adapters
     device, group = torch.device("cpu"), {}
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -887,7 +886,7 @@ def load_policy(cfg, device, sft=None):
     if cfg.lora_rank:
         with file_errors(sft or "--lora_rank"):
             from peft import LoraConfig
-            torch.manual_seed(cfg.seed)  # the same adapters on every process
+            torch.manual_seed(cfg.seed)  # new adapters are random
             model.add_adapter(LoraConfig(
                 r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout,
                 target_modules="all-linear"))
