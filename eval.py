@@ -66,6 +66,8 @@ def read_problems(source, subset=None, split="test"):
     for number, row in enumerate(igpo.read_rows(source, split=split, subset=subset), 1):
         with file_errors(f"{source}, row {number}"):
             question, stated = row.get("problem") or row.get("question"), row.get("answer")
+            if isinstance(stated, float) and abs(stated) >= 2**53:
+                raise ValueError("a number with so many digits must be text")
             if isinstance(stated, (int, float)):  # AMC's 36.0; nan is none
                 stated = str(stated).removesuffix(".0").replace("nan", "")
             answer = igpo.committed_answer(stated or row.get("solution") or "")

@@ -109,7 +109,7 @@ def test_a_llada_is_loaded_and_saved_exactly(tmp_path, shape):
     assert not torch.allclose(logits[:, :4], model(ids[:, :4]).logits)  # not causal
     assert model.config.eos_token_id == [tokenizer.convert_tokens_to_ids("<|eot_id|>"), END]
     logits.square().mean().backward()
-    assert model.get_input_embeddings().weight.grad[END].any()  # in transformers padding has none
+    assert model.get_input_embeddings().weight.grad[END].any()  # padding as well
 
     igpo.save_model(model, tokenizer, copy)
     before, after = (load_file(f / "model.safetensors") for f in (folder, copy))
@@ -509,7 +509,7 @@ def test_each_public_function_lifts_out(name, most, check, monkeypatch, tmp_path
     binds, reads, needed, before = {}, {}, {name}, None
     for node in ast.parse((HERE / "igpo.py").read_text()).body:
         codes = [compile(ast.Module([node], []), "igpo.py", "exec")]
-        for code in codes:  # and the functions in it
+        for code in codes:  # functions
             codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
         steps = [step for code in codes for step in dis.get_instructions(code)]
         binds[node] = {step.argval for step in steps if step.opname == "STORE_NAME"}
@@ -1197,6 +1197,7 @@ EVAL_WRONG = [  # flags, message, amc.jsonl from then on
     ("", "row 2: needs", *[{"problem": text, "answer": 1} for text in ("1?", " ")]),
     ("", "row 1: needs", {"problem": ["1?"], "answer": 1}),
     ("", "row 1: needs", {"problem": "1?", "solution": "1"}),
+    ("", "must be text", {"problem": "1?", "answer": 10**30}),
     ("--rescore absent.jsonl", "absent.jsonl holds no samples"),
     ("--rescore amc.jsonl", ": 'verdict'", {"task": "", "completion": "", "reference": ""})]
 
