@@ -223,9 +223,7 @@ def summarise(samples):
 
 def rescore(path):
     """Grade a samples file again; print every verdict that changed, and the results."""
-    samples, changed = igpo.read_lines(Path(path)), 0
-    if not samples:
-        raise UsageError(f"{path} holds no samples")
+    samples, changed = igpo.read_rows(path, ["task", "completion", "reference"]), 0
     with file_errors(path):
         for sample in samples:
             before = sample["verdict"]
