@@ -1370,8 +1370,9 @@ def train(cfg, device):
     began = time.time()
     out, checkpoint = run_folder(cfg)
     rl_rows, held_out, sft_rows = load_data(cfg)
-    past_sft = checkpoint[0] == "rl" and sft_rows
-    model, tokenizer = load_policy(cfg, device, out / "sft" if past_sft else None)
+    sft = out / "sft" if checkpoint[0] == "rl" and sft_rows else None  # SFT is over
+    model, tokenizer = load_policy(cfg, device, sft)
+    sft_rows = [] if sft else sft_rows
     problems = fitting(model, tokenizer, rl_rows, cfg.gen_length, cfg)
     held_out = fitting(model, tokenizer, held_out, cfg.gen_length, cfg)
     examples = fitting(model, tokenizer, sft_rows, cfg.sft_length, cfg)
@@ -1385,7 +1386,7 @@ def train(cfg, device):
            f"{len(rl_rows)} RL problems ({sum(not p.trace for p in problems)} without a hint)")
     if checkpoint[0] is None:
         evaluate("accuracy_start", model, tokenizer, held_out, cfg, out)
-    if examples and not past_sft:
+    if examples:
         train_sft(model, examples, checkpoint, cfg, out)
         with complete(out / "sft") as folder:
             save_model(model, tokenizer, folder)
