@@ -210,8 +210,10 @@ def choose_tokens(logits, mask_id, temperature, u):
     allowed[..., mask_id] = -math.inf
     if temperature > 0:
         # Take the first token whose cumulative probability exceeds u. The largest logit is
-        # subtracted first, since dividing by a very small temperature would overflow.
-        allowed = (allowed - allowed.amax(dim=-1, keepdim=True)) / temperature
+        # subtracted first, since dividing by a very small temperature would overflow. The bound is
+        # for a GPU, which multiplies by the reciprocal.
+        allowed = allowed - allowed.amax(dim=-1, keepdim=True)
+        allowed = allowed / max(temperature, 1e-30)
         cumulative = allowed.softmax(dim=-1).cumsum(dim=-1)
         target = u[..., None] * cumulative[..., -1:]  # the sum is not exactly 1 in float32
         tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
@@ -390,7 +392,7 @@ def elastic_rollout(draw, is_correct, prompts, prompt_mask, answers, traces, gen
     def judge_groups(completions, references):  # (n, G, L) -> (n, G)
         verdicts = torch.zeros(completions.shape[:2], dtype=torch.bool)
         for i, reference in enumerate(references):
-            for g, completion in enumerate(completions[i]):
+            for g, completion in enumerate(completions[i].cpu()):
                 verdicts[i, g] = is_correct(completion, reference)
         return verdicts
 
@@ -406,10 +408,10 @@ def elastic_rollout(draw, is_correct, prompts, prompt_mask, answers, traces, gen
     # Each inpainted response has its own eta ~ U[low, high] and its own chunks. For "resample" eta
     # is 0: these hints show nothing.
     low, high = eta_range if algo == "igpo" else (0.0, 0.0)
-    etas = torch.zeros(len(stuck), G)
+    etas = torch.zeros(len(stuck), G, dtype=torch.float64)
     hints = torch.full((len(stuck), G, L), mask_id)
     for s, n in enumerate(stuck):
-        etas[s] = low + (high - low) * torch.rand(G, generator=generators[n])
+        etas[s] = low + (high - low) * torch.rand(G, generator=generators[n]).double()
         for g in range(G):
             hints[s, g] = make_hint(
                 traces[n],
@@ -607,6 +609,7 @@ def sft_loss(model, prompts, completions, *, prompt_mask=None, t=None, generator
     L = completions.shape[1]
     if t is None:
         t = uniform_noise((B,), generator, prompts.device).clamp(min=1e-3)
+    t = t.to(prompts.device)
     masked = uniform_noise((B, L), generator, prompts.device) < t[:, None]
     noised = completions.masked_fill(masked, model.config.mask_token_id)
     canvas = torch.cat([prompts, noised], dim=1)
@@ -692,7 +695,9 @@ def train_sft(model, examples, checkpoint, cfg, out):
             )
             share = len(places) / len(mine)
             (loss * share).backward()
-            add_values(totals, values | {"loss": loss.item()}, share)
+            add_values(totals, {"loss": loss.item(), "masked": values["masked"]}, share)
+            # nll is a mean over masked tokens, and so is weighted by their number.
+            add_values(totals, {"nll": values["nll"]}, share * values["masked"])
 
         lr = cfg.sft_lr * schedule(step, steps, cfg.warmup_steps)
         add_values(totals, optimizer_step(model, optimizer, lr, max_grad_norm=1.0))
@@ -746,9 +751,9 @@ def train_rl(policy, tokenizer, examples, held_out, checkpoint, cfg, out):
         started = time.time()
         policy.eval()
         indices = batch_indices(len(examples), cfg.prompts_per_step, step, cfg.seed)
-        indices = indices[rank() :: world()]
-        batch = [examples[i] for i in indices]
-        generators = [seeded(cfg.seed, "rollout", step, i) for i in indices]
+        mine = range(rank(), len(indices), world())
+        batch = [examples[indices[place]] for place in mine]
+        generators = [prompt_stream(cfg.seed, step, indices, place) for place in mine]
         with whole_weights(policy):
             prompts, prompt_mask, groups = roll_out_examples(
                 policy, tokenizer, batch, generators, cfg)
@@ -817,7 +822,7 @@ def train_rl(policy, tokenizer, examples, held_out, checkpoint, cfg, out):
         if cfg.save_rollouts and rank() == 0:
             append_rollouts(out, step + 1, tokenizer, batch, groups, policy.config)
         if step % 10 == 0 and groups.hinted.any():
-            print0(show_rescued(tokenizer, groups, trained_on))
+            print0(show_rescued(tokenizer, batch, groups, trained_on))
 
         # 7. Evaluate and save.
         is_last = step + 1 == steps
@@ -1499,7 +1504,7 @@ def describe_problems(problems, left_out, source):
         text += "\nwarning: most problems have no trace, and so they train as plain GRPO"
     return text
 
-NUMBER_IN_TEXT = r"(?<![\d.])\d[\d,]*(?:\.\d+)?"  # 7, 1,234 or 0.50, not the 5 of 7.5
+NUMBER_IN_TEXT = r"(?<![\d.])\d(?:\d|,|\{,\})*(?:\.\d+)?"  # 7, 1,234 or 0.50, not the 5 of 7.5
 
 def cut_trace(solution, answer, question=""):
     """The reasoning of a reference solution up to its answer, or None if there is none.
@@ -1530,11 +1535,15 @@ def find_answer(text, answer):
     if not answer:
         return []
     if not re.fullmatch(NUMBER_IN_TEXT, answer):
-        as_written = rf"(?<![\\\w]){re.escape(answer)}(?!\w)"
+        written = re.sub(r"\\\\[dt]?frac", r"\\\\[dt]?frac", re.escape(answer))
+        as_written = rf"(?<![\\\w]){written}(?!\w)"
         return [match.start() for match in re.finditer(as_written, text)]
-    value = float(answer.replace(",", ""))
+
+    def value(number):
+        return float(re.sub("[{,}]", "", number))
+
     return [match.start() for match in re.finditer(NUMBER_IN_TEXT, text)
-            if float(match[0].replace(",", "")) == value]
+            if value(match[0]) == value(answer)]
 
 
 class Example(NamedTuple):
@@ -1605,6 +1614,13 @@ def batch_indices(size, batch_size, step, seed):
             order = torch.randperm(size, generator=seeded(seed, "epoch", epoch)).tolist()
         indices.append(order[i])
     return indices
+
+def prompt_stream(seed, step, indices, place):
+    """The random stream of the prompt at a place of a step's batch."""
+    key = (seed, "rollout", step, indices[place])
+    if indices[place] in indices[:place]:  # twice in a step, where an epoch ends
+        key += (place,)
+    return seeded(*key)
 
 def seeded(*key):
     """The random stream that belongs to a key such as (seed, "rollout", step, prompt).
@@ -1796,7 +1812,8 @@ def draw_together(draw, model, prompts, prompt_mask, generators, hints):
 
     The second draw would make the others wait for the process with the most all-wrong groups. So
     all processes put their prompts into one list, each draws every world-th of it, and the results
-    go back. A prompt takes its random stream along: the tokens are those that one process draws.
+    go back. A prompt takes its random stream along: up to rounding, the tokens are those that one
+    process draws.
     """
     jobs = []
     for prompt, real, generator, hint in zip(prompts, prompt_mask, generators, hints):
@@ -2157,7 +2174,7 @@ def report_step(out, step, steps, means, cfg):
     """Print the line of an RL step, and log it."""
     m = means | {"cache": cfg.cache, "threshold": cfg.threshold}
     m["responses"] *= world()
-    m["rescued"] = 1 - m["all_wrong_after"] / (m["all_wrong"] or 1)
+    m["rescued"] = 1 - m["all_wrong_after"] / m["all_wrong"] if m["all_wrong"] else None
     m["tokens_per_second"] = world() * m.pop("tokens") / m["seconds_rollout"]
     m["seconds_update"] = m["seconds"] - m["seconds_rollout"]
     print0(f"RL {step}/{steps}  accuracy {m['accuracy']:.2f} -> {m['accuracy_after']:.2f}  "
@@ -2186,16 +2203,19 @@ def append_rollouts(out, step, tokenizer, batch, groups, config):
             record["second_correct"] = groups.second_correct[s].tolist()
         append_line(out / "rollouts.jsonl", record)
 
-def show_rescued(tokenizer, groups, trained_on):
-    """The first rescued response as text: what was wrong, and what was inpainted around [hints]."""
+def show_rescued(tokenizer, batch, groups, trained_on):
+    """The first rescued response as text: what was wrong, and what was inpainted around [hints].
+    Those hint tokens that are trained on have a ^."""
     n, g = groups.hinted.any(dim=-1).nonzero()[0].tolist()
     text = ""
     for token, given, is_trained_on in zip(
             groups.completions[n, g], groups.hinted[n, g], trained_on[n, g]):
         word = tokenizer.decode(token)
         text += f"[{word}{'^' if is_trained_on else ''}]" if given else word
-    return (f"  wrong      {tokenizer.decode(groups.own[n, g])!r}\n"
-            f"  inpainted  {text!r}   (of the [hints] those with ^ are trained on)")
+    problem = batch[n].problem
+    return (f"  question   {problem.question!r}, answer {problem.answer!r}\n"
+            f"  wrong      {tokenizer.decode(groups.own[n, g])!r}\n"
+            f"  inpainted  {text!r}   (hints in brackets)")
 
 def write_summary(out, seconds):
     """summary.json: the accuracies, means over the RL steps, and what it took."""
@@ -2245,7 +2265,8 @@ def roll_out_examples(policy, tokenizer, batch, generators, cfg):
 
 def reward_groups(tokenizer, completions, correct, end_ids, cfg):
     """(N, G, L) completions and (N, G) verdicts -> (N, G) rewards: correctness and form."""
-    form = [[format_score(decode(tokenizer, o, end_ids)) for o in group] for group in completions]
+    form = [[format_score(decode(tokenizer, completion, end_ids)) for completion in group]
+            for group in completions.cpu()]
     return cfg.reward_correct * correct + cfg.reward_format * torch.tensor(form)
 
 def evaluate(name, policy, tokenizer, examples, cfg, out, step=0):
@@ -2343,7 +2364,7 @@ class Config:
 PRESETS = {"llada": {}, "toy": dict(
     model="toy", train_data="toy", sft_data="toy", gen_length=20, diffusion_steps=4,
     block_length=10, rows_per_call=512, prompts_per_step=16, prompts_per_forward=16, min_chunk=1,
-    max_chunk=2, room=10, reward_correct=1.0, reward_format=0.0, max_steps=200, lr=3e-4,
+    max_chunk=2, room=10, reward_correct=1.0, reward_format=0.0, max_steps=200, lr=2e-4,
     warmup_steps=20, sft_steps=500, sft_batch=128, sft_length=20, sft_rows_per_forward=128,
     sft_lr=3e-3, eval_size=512)}
 

@@ -365,8 +365,8 @@ def test_the_example_of_a_rescue():
     groups = igpo.elastic_rollout(
         lambda prompts, mask, generators, hints: own if hints is None else second,
         lambda completion, answer: completion.item() == answer, torch.zeros(1, 1),
-        torch.ones(1, 1).bool(), [42], [[7]], [igpo.seeded(0)], mask_id=99, lam=0.5, eta_range=(1, 1),
-        room=0)
+        torch.ones(1, 1).bool(), [42], [[7]], [igpo.seeded(0)], mask_id=99, lam=0.5,
+        eta_range=(1, 1), room=0)
     assert groups.completions.flatten().tolist() == [42, 42, 4, 24]
     assert groups.correct.tolist() == [[True, True, False, False]]
     assert groups.hinted.flatten().tolist() == [True, True, False, False]
@@ -896,8 +896,8 @@ def plain_rl(model, cfg):
             draw, lambda o, answer: arbitrary(text(o), answer), prompts, mask,
             [e.problem.answer for e in batch], [e.target for e in batch],
             [igpo.seeded(cfg.seed, "rollout", step, i) for i in indices], mask_id=MASK,
-            algo=cfg.algo, lam=cfg.lam, eta_range=(cfg.eta_low, cfg.eta_high), min_chunk=1, max_chunk=3,
-            room=4)
+            algo=cfg.algo, lam=cfg.lam, eta_range=(cfg.eta_low, cfg.eta_high), min_chunk=1,
+            max_chunk=3, room=4)
         advantages = igpo.group_advantages(rewards(groups.completions, groups.correct))
         inputs = dict(prompts=prompts, completions=groups.completions, prompt_mask=mask)
         with torch.no_grad():
@@ -1134,8 +1134,9 @@ def test_the_view_of_a_rescued_response():
     hinted = torch.tensor([[False, True, True, False]])
     learning = torch.tensor([[True, True, False, True]])
     groups = igpo.Groups(right[None], None, hinted[None], wrong[None], *[None] * 6)
-    shown = igpo.show_rescued(tokenizer, groups, learning[None])
-    assert "wrong      '1.2='\n" in shown and "inpainted  '1[.^][3]='" in shown
+    batch = [igpo.Example(igpo.Problem("2?", "3", None), [], [])]
+    shown = igpo.show_rescued(tokenizer, batch, groups, learning[None])
+    assert "question   '2?', answer '3'\n  wrong      '1.2='\n" in shown and "inpainted  '1[.^][3]='" in shown
 
 def test_a_run_rolls_out_the_same_on_three_processes(monkeypatch):
     """All groups with the answer 9 are right, all others wrong; the last one has no trace."""
@@ -1655,6 +1656,8 @@ def test_adapters_are_in_pefts_own_format(tmp_path, family):
     ("6-5=$1.00 and 720+270=|$990.00", "990", ""), ("max is the| a of it", "a", ""),
     ("We get 1,200 + 34 =| 1,234.\nThe answer is: 1234", "1234", ""),
     (r"So $x =| \frac{1}{2}$, hence $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}", ""),
+    (r"So $x =| \dfrac{1}{2}$, or $\frac{1}{2}$.", r"\tfrac{1}{2}", ""),
+    ("In all it is| 1{,}234 or 1234.", "1,234", ""),
     (r"It is| $\frac{a b}{c + 12}$ or 12.", "12", ""),  # not in a command
     ("There are 120 of| 12, so 12.", "12", ""), ("The sum is| -3.\n#### -3", "-3", ""),
     ("Lyn has 5 apples. 5 + 3 - 3 =| 5", "5", "Lyn has 5 apples"),
