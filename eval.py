@@ -357,7 +357,7 @@ def compare(folders):
     print_figure(STEPS, groups)
     print_figure(RESPONSES, groups)
 
-COLOURS = "royalblue, darkorange, green, crimson, purple, gray, brown, teal, magenta, gold"
+COLOURS = "royalblue darkorange green crimson purple gray brown teal magenta gold".split()
 
 def print_figure(axis, groups):
     """Print the mean accuracy of each group as a line chart. It has no legend: its title is one."""
@@ -366,11 +366,12 @@ def print_figure(axis, groups):
     # axis, and the accuracy of each run is interpolated there. What others did later is not shown:
     # the figure compares them at equal cost.
     ticks = min((run[axis] for run in chain(*groups.values())), key=max)
+    palette = ", ".join(COLOURS[: len(groups)])
     print(f"""
 ```mermaid
-%%{{init: {{"themeVariables": {{"xyChart": {{"plotColorPalette": "{COLOURS}"}}}}}}}}%%
+%%{{init: {{"themeVariables": {{"xyChart": {{"plotColorPalette": "{palette}"}}}}}}}}%%
 xychart-beta
-    title "{', '.join(map(' '.join, zip(groups, COLOURS.split(', '))))}"
+    title "{', '.join(map(' '.join, zip(groups, COLOURS)))}"
     x-axis "{axis}" {ticks}
     y-axis "held-out accuracy" 0 --> 1""")
     for name, runs in groups.items():
