@@ -979,7 +979,10 @@ def grade(completion, reference):
         return Fraction(said) == Fraction(gold)
     if said == gold:
         return True
-    # A text whose braces do not pair cannot be read. The judge need not start a process for it.
+    # The judge takes a process for each question. It need not be asked about braces that do not
+    # pair, nor whether a number equals a product with letters, such as 3x.
+    if re.fullmatch(NUMBER, gold) and re.fullmatch(r"\w*[a-zA-Z]\w*", said):
+        return False
     return said.count("{") == said.count("}") and ask_judge(said, gold)
 
 def is_mathematics(reference):
