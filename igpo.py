@@ -627,7 +627,6 @@ def sft_loss(model, prompts, completions, *, prompt_mask=None, t=None, generator
     }
     return loss, metrics
 
-
 # =================================================================================================
 # 7. The SFT loop. Functions that are not defined yet are in the second part. The model is sharded
 #    over the processes of torchrun by FSDP: rank() is this process, world() is their number.
@@ -850,7 +849,6 @@ import re
 import select
 import shutil
 import signal
-
 import sys
 import zlib
 from collections import Counter
@@ -1548,7 +1546,6 @@ def find_answer(text, answer):
     return [match.start() for match in re.finditer(NUMBER_IN_TEXT, text)
             if value(match[0]) == value(answer)]
 
-
 class Example(NamedTuple):
     """A problem in token ids."""
     problem: Problem
@@ -1689,7 +1686,6 @@ def toy_model(seed):
         mask_token_id=tokenizer.mask_token_id, eos_token_id=[tokenizer.eos_token_id],
         pad_token_id=tokenizer.pad_token_id)), tokenizer
 
-
 # =================================================================================================
 # Rewriting. The stage before SFT: an instruction model makes solutions concise. Those that are in
 # form and still right go to traces.jsonl, which SFT reads.
@@ -1742,7 +1738,6 @@ def read_rewritten(out):
     """{row: line} of what all processes have written so far"""
     return {line["row"]: line for path in out.glob("rewritten.*.jsonl")
             for line in read_lines(path)}
-
 
 # =================================================================================================
 # Processes. torchrun starts one for each GPU, and each has a rank. FSDP2 keeps a share of the
@@ -2233,7 +2228,6 @@ def write_summary(out, seconds):
     summary |= {"steps": len(rl), "seconds": seconds, "grade_timeouts": GRADE_TIMEOUTS}
     write_file(out / "summary.json", json.dumps(summary, indent=2))
     print("\n" + "\n".join(f"{name:18} {value:8.3f}" for name, value in summary.items()))
-
 
 # =================================================================================================
 # The recipe: what the two loops call, settings, and the command line.
